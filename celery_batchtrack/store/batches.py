@@ -1,0 +1,262 @@
+"""Create, add, seal, finish, cancel: every write to a batch."""
+
+from __future__ import annotations
+
+import uuid
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from ..vocabulary.ids import ChildKey
+from ..vocabulary.policies import Tolerance, outcome
+from ..vocabulary.records import BatchRow, CancelledRun, Finished, NewBatch, NewChild
+from ..vocabulary.states import (
+    CANCEL,
+    CANCEL_BATCH,
+    FINISH,
+    SEAL,
+    BatchStatus,
+    Cause,
+    EndReason,
+    Kind,
+    Status,
+)
+from . import callbacks
+from .callbacks import DueCallbacks
+from .children import moment
+from .clock import now
+from .engine import Connected
+from .rows import BATCH_COLUMNS, batch_row
+from .schema import batch, child, tally, worker
+from .transitions import MOVED, change, change_batch, move
+
+_DUE_KINDS = {
+    BatchStatus.COMPLETED: (Kind.ON_SUCCESS, Kind.ON_FINISH),
+    BatchStatus.PARTIAL: (Kind.ON_SUCCESS, Kind.ON_FINISH),
+    BatchStatus.FAILED: (Kind.ON_FAILURE, Kind.ON_FINISH),
+    BatchStatus.CANCELLED: (Kind.ON_FINISH,),
+}
+
+
+class BatchWrites(Connected):
+    """Guarded writes to batches. Locks: batch, then children by position, then tally by shard."""
+
+    def create(self, new: NewBatch, children: Sequence[NewChild] = (), *, seal: bool = False) -> None:
+        """Insert a batch, its tally shards and its first children; sealed at once if asked to be."""
+        with self.write() as connection:
+            values = {name: getattr(new, name) for name in NewBatch.__slots__}
+            connection.execute(
+                sa.insert(batch).values(
+                    **values, status=BatchStatus.OPEN.value, created_at=now(), next_position=0,
+                    watch_failure=f'"{Kind.ON_FIRST_FAILURE.value}"' in new.callbacks,
+                )
+            )  # fmt: skip
+            connection.execute(
+                sa.insert(tally), [{"batch_id": new.id, "shard": shard} for shard in range(new.shards)]
+            )
+            if children:
+                self._insert(connection, new.id, new.shards, 0, children)
+            if seal:
+                self._seal(connection, new.id)
+
+    def add(self, batch_id: uuid.UUID, children: Sequence[NewChild]) -> int | None:
+        """Add children to an open batch; returns the first's position, None if it is open no more."""
+        with self.write() as connection:
+            found = connection.execute(
+                sa.select(batch.c.next_position, batch.c.shards)
+                .where(batch.c.id == batch_id, batch.c.status == BatchStatus.OPEN.value)
+                .with_for_update(key_share=True)
+            ).one_or_none()
+            if found is None:
+                return None
+            self._insert(connection, batch_id, found.shards, found.next_position, children)
+            return int(found.next_position)
+
+    def _insert(
+        self, connection: sa.Connection, batch_id: uuid.UUID, shards: int, first: int, children: Sequence[NewChild]
+    ) -> None:
+        sums: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+        for position, each in enumerate(children, first):
+            shard = position % shards
+            sums[shard][0] += 1
+            sums[shard][1] += each.item_count
+            timing = (each.countdown, each.eta, each.expires_in, each.expires_at)
+            groups[timing].append(_child_values(batch_id, position, shard, each))
+        for (countdown, eta, expires_in, expires_at), rows in groups.items():
+            statement = sa.insert(child).values(
+                created_at=now(), not_before=moment(countdown, eta), expires_at=moment(expires_in, expires_at)
+            )
+            connection.execute(statement, rows)
+        for shard, (count, items) in sorted(sums.items()):
+            connection.execute(
+                sa.update(tally)
+                .where(tally.c.batch_id == batch_id, tally.c.shard == shard)
+                .values(total=tally.c.total + count, items_total=tally.c.items_total + items)
+            )
+        connection.execute(
+            sa.update(batch).where(batch.c.id == batch_id).values(next_position=first + len(children))
+        )
+
+    def seal(self, batch_id: uuid.UUID) -> bool:
+        """``open → running``: no more children, and dispatch may start. False if it is open no more."""
+        with self.write() as connection:
+            return self._seal(connection, batch_id)
+
+    def _seal(self, connection: sa.Connection, batch_id: uuid.UUID) -> bool:
+        done = connection.execute(
+            change_batch(
+                SEAL, BatchStatus.RUNNING, batch.c.id == batch_id, sealed_at=now(), started_at=now(), opened_by=None
+            )
+        )
+        return done.rowcount == 1
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def finish(self, batch_id: uuid.UUID) -> Finished | None:
+        """End the batch if nothing of it is open: outcome and callback rows in one transaction.
+
+        Two statements on purpose: the lock first, and only then the look at the children. A single
+        guarded UPDATE would wait for the lock and not look again.
+        """
+        with self.write() as connection:
+            row = self._locked(connection, batch_id, BatchStatus.RUNNING)
+            if row is None or self._has_open(connection, batch_id):
+                return None
+            completed, total, failed = self._counts(connection, batch_id)
+            status = outcome(Tolerance.parse(row.options.get("tolerance", 0)), completed, total)
+            kinds = _DUE_KINDS[status]
+            if failed:
+                kinds = self._with_first_failure(connection, row, kinds)
+            return self._end(connection, FINISH, row, status, kinds)
+
+    def _locked(self, connection: sa.Connection, batch_id: uuid.UUID, *statuses: BatchStatus) -> BatchRow | None:
+        found = connection.execute(
+            sa.select(*BATCH_COLUMNS)
+            .where(batch.c.id == batch_id, batch.c.status.in_([each.value for each in statuses]))
+            .with_for_update(key_share=True)
+        ).one_or_none()
+        return None if found is None else batch_row(found)
+
+    def _has_open(self, connection: sa.Connection, batch_id: uuid.UUID) -> bool:
+        return connection.execute(
+            sa.select(
+                sa.exists().where(
+                    child.c.batch_id == batch_id,
+                    child.c.status.in_([Status.PENDING.value, Status.RUNNING.value]),
+                    child.c.kind == Kind.CHILD.value,
+                )
+            )
+        ).scalar_one()  # type: ignore[no-any-return, unused-ignore]
+
+    def _counts(self, connection: sa.Connection, batch_id: uuid.UUID) -> tuple[int, int, int]:
+        row = connection.execute(
+            sa.select(
+                sa.func.sum(tally.c.completed), sa.func.sum(tally.c.total),
+                sa.func.sum(tally.c.failed + tally.c.crashed),
+            ).where(tally.c.batch_id == batch_id)
+        ).one()  # fmt: skip
+        return int(row[0] or 0), int(row[1] or 0), int(row[2] or 0)
+
+    def _with_first_failure(
+        self, connection: sa.Connection, row: BatchRow, kinds: tuple[Kind, ...]
+    ) -> tuple[Kind, ...]:
+        """A failure known by its lease alone is announced here, when nothing can overturn it any more."""
+        there = connection.execute(
+            sa.select(sa.func.count()).where(
+                child.c.batch_id == row.id, child.c.round == row.round,
+                child.c.kind == Kind.ON_FIRST_FAILURE.value,
+            )
+        ).scalar_one()  # fmt: skip
+        return kinds if there else (Kind.ON_FIRST_FAILURE, *kinds)
+
+    def _end(
+        self, connection: sa.Connection, transition: Any, row: BatchRow, status: BatchStatus,
+        kinds: tuple[Kind, ...], reason: EndReason | None = None,
+    ) -> Finished:  # fmt: skip
+        connection.execute(
+            change_batch(transition, status, batch.c.id == row.id, reason=reason, opened_by=None)
+        )
+        due = DueCallbacks(row.id, row.round, row.callbacks, row.next_position)
+        inserted = callbacks.insert(connection, due, kinds)
+        return Finished(row.id, row.name, status, reason, inserted)
+
+    def cancel(self, batch_id: uuid.UUID, reason: EndReason = EndReason.USER) -> Finished | None:
+        """End the batch now. Pending children never start; what runs loses its row.
+
+        Returns None if it had ended already. The running children's processes are named in the answer.
+        """
+        with self.write() as connection:
+            row = self._locked(connection, batch_id, BatchStatus.OPEN, BatchStatus.RUNNING)
+            if row is None:
+                return None
+            ended = self._end(
+                connection, CANCEL_BATCH, row, BatchStatus.CANCELLED, _DUE_KINDS[BatchStatus.CANCELLED], reason
+            )
+            runs = self._cancel_children(connection, batch_id)
+            return Finished(
+                ended.batch_id, ended.name, ended.status, ended.reason, ended.callbacks, tuple(runs)
+            )
+
+    def _cancel_children(self, connection: sa.Connection, batch_id: uuid.UUID) -> list[CancelledRun]:
+        """One UPDATE over pending and running: two would lose the child whose claim is in flight."""
+        rows = connection.execute(
+            change(
+                CANCEL, child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
+                cause=Cause.CANCELLED.value,
+            ).returning(
+                *MOVED, child.c.position, child.c.worker_id, child.c.slot, child.c.run_token, child.c.task_id
+            )
+        ).all()  # fmt: skip
+        move(connection, batch_id, rows, None, Status.CANCELLED)
+        return [
+            _cancelled_run(batch_id, row) for row in rows if row.worker_id is not None
+        ]
+
+    def abandoned(self) -> list[uuid.UUID]:
+        """Open batches whose opener is gone."""
+        query = (
+            sa.select(batch.c.id)
+            .join(worker, worker.c.id == batch.c.opened_by)
+            .where(
+                batch.c.status == BatchStatus.OPEN.value,
+                sa.or_(worker.c.lost_at.is_not(None), worker.c.stopped_at.is_not(None)),
+            )
+        )
+        with self.read() as connection:
+            return list(connection.execute(query).scalars())
+
+    def unfinished(self) -> list[uuid.UUID]:
+        """Sealed batches that run although nothing of them is open: their finish check was lost."""
+        open_child = sa.exists().where(
+            child.c.batch_id == batch.c.id,
+            child.c.status.in_([Status.PENDING.value, Status.RUNNING.value]),
+            child.c.kind == Kind.CHILD.value,
+        )
+        query = sa.select(batch.c.id).where(batch.c.status == BatchStatus.RUNNING.value, ~open_child)
+        with self.read() as connection:
+            return list(connection.execute(query).scalars())
+
+
+def _cancelled_run(batch_id: uuid.UUID, row: Any) -> CancelledRun:
+    return CancelledRun(
+        ChildKey(batch_id, row.position), row.worker_id, row.slot, row.run_token, row.task_id
+    )
+
+
+def _child_values(batch_id: uuid.UUID, position: int, shard: int, new: NewChild) -> dict[str, Any]:
+    return {
+        "batch_id": batch_id,
+        "position": position,
+        "kind": Kind.CHILD.value,
+        "shard": shard,
+        "task": new.task,
+        "task_id": new.task_id,
+        "status": Status.PENDING.value,
+        "signature": new.signature,
+        "items": list(new.items) or None,
+        "item_count": new.item_count,
+        "queue": new.queue,
+    }

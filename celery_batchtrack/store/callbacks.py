@@ -1,0 +1,100 @@
+"""Callback rows: inserted in the very transaction that makes them due, once per batch, round and kind."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from ..vocabulary.states import Kind, Status
+from .clock import now
+from .schema import batch, child
+
+
+@dataclass(frozen=True, slots=True)
+class DueCallbacks:
+    """A locked batch and what it needs to insert callbacks."""
+
+    batch_id: uuid.UUID
+    round: int
+    callbacks: str
+    next_position: int
+
+
+_COLUMNS = (batch.c.id, batch.c.round, batch.c.callbacks, batch.c.next_position)
+
+
+def _no_row_yet(kind: Kind) -> sa.ColumnElement[bool]:
+    return ~sa.exists().where(
+        child.c.batch_id == batch.c.id, child.c.round == batch.c.round, child.c.kind == kind.value
+    )
+
+
+def lock_for_first_failure(
+    connection: sa.Connection, batch_id: uuid.UUID, status: Status
+) -> DueCallbacks | None:
+    """Before a child fails: lock its batch if that may be the failure `on_first_failure` waits for.
+
+    Locks go batch → child → tally everywhere, so this comes before the child is touched.
+    """
+    if status not in (Status.FAILED, Status.CRASHED):
+        return None
+    found = connection.execute(
+        sa.select(*_COLUMNS)
+        .where(batch.c.id == batch_id, batch.c.watch_failure, _no_row_yet(Kind.ON_FIRST_FAILURE))
+        .with_for_update(key_share=True)
+    ).one_or_none()
+    if found is None:
+        return None
+    # The lock may have waited for another first failure: look again, in a new statement.
+    again = connection.execute(
+        sa.select(*_COLUMNS).where(batch.c.id == batch_id, _no_row_yet(Kind.ON_FIRST_FAILURE))
+    ).one_or_none()
+    return None if again is None else DueCallbacks(*again)
+
+
+def insert_first_failure(connection: sa.Connection, due: DueCallbacks | None, kind: str) -> bool:
+    """Insert the `on_first_failure` rows of a batch locked above. True if there are any."""
+    if due is None or kind != Kind.CHILD:
+        return False
+    return insert(connection, due, (Kind.ON_FIRST_FAILURE,)) > 0
+
+
+def insert(connection: sa.Connection, due: DueCallbacks, kinds: tuple[Kind, ...]) -> int:
+    """Insert the rows of these kinds, positions from the batch's `next_position`. Returns how many."""
+    declared: dict[str, list[dict[str, Any]]] = json.loads(due.callbacks)
+    rows = [
+        _row(due, kind, ordinal, callback)
+        for kind in kinds
+        for ordinal, callback in enumerate(declared.get(kind.value, ()))
+    ]
+    if not rows:
+        return 0
+    for offset, row in enumerate(rows):
+        row["position"] = due.next_position + offset
+    connection.execute(
+        sa.update(batch)
+        .where(batch.c.id == due.batch_id)
+        .values(next_position=due.next_position + len(rows))
+    )
+    connection.execute(sa.insert(child).values(created_at=now()), rows)
+    return len(rows)
+
+
+def _row(due: DueCallbacks, kind: Kind, ordinal: int, callback: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "batch_id": due.batch_id,
+        "kind": kind.value,
+        "ordinal": ordinal,
+        "round": due.round,
+        "shard": 0,
+        "task": callback["task"],
+        "task_id": callback["task_id"],
+        "status": Status.PENDING.value,
+        "signature": callback["signature"],
+        "queue": callback.get("queue"),
+        "item_count": 0,
+    }

@@ -1,0 +1,407 @@
+"""Claim, settle, release, crash: every write to one child, guarded."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from ..vocabulary.ids import ChildKey, uuid7
+from ..vocabulary.records import (
+    ChildRow,
+    Claimed,
+    Ending,
+    Evidence,
+    Refused,
+    Release,
+    Settled,
+)
+from ..vocabulary.states import (
+    BATCH_ALIVE,
+    CLAIM,
+    CRASH,
+    CRASH_UNCLAIMED,
+    ENDINGS,
+    OVERTURNS,
+    REFUSE,
+    RELEASE,
+    SETTLED,
+    STRIKE,
+    WITHDRAW,
+    BatchStatus,
+    Cause,
+    Kind,
+    Status,
+    Transition,
+    Verdict,
+)
+from . import callbacks
+from .clock import later, now
+from .engine import Connected
+from .rows import CHILD_COLUMNS, child_row
+from .schema import batch, child, incident, worker
+from .transitions import MOVED, change, move, settle_and_count
+
+
+def at(key: ChildKey) -> sa.ColumnElement[bool]:
+    return sa.and_(child.c.batch_id == key.batch_id, child.c.position == key.position)
+
+
+def moment(seconds: float | None, absolute: datetime | None) -> Any:
+    """SQL for a time given as seconds from now, or as it stands; None for neither."""
+    if seconds is not None:
+        return later(float(seconds))
+    return absolute
+
+
+class ChildWrites(Connected):
+    """Guarded writes to one child. Losing a guard is an answer, not an error."""
+
+    # -- claim -----------------------------------------------------------------------------------
+
+    def claim(
+        self, key: ChildKey, attempt: int, token: uuid.UUID, worker_id: uuid.UUID, slot: str,
+        policy: Mapping[str, Any] | None = None,
+    ) -> Claimed | Refused:  # fmt: skip
+        """``pending → running`` for the message published at `attempt`; repeatable with the same token.
+
+        One statement. Raises `SlotTaken` where the slot still holds another running row.
+        """
+        statement = (
+            change(
+                CLAIM,
+                at(key),
+                child.c.attempt == attempt,
+                sa.or_(child.c.expires_at.is_(None), child.c.expires_at > now()),
+                _batch_lets_claim(),
+                _worker_lives(worker_id),
+            )
+            .values(
+                attempt=child.c.attempt + 1, run_token=token, worker_id=worker_id, slot=slot,
+                started_at=now(), policy=policy,
+            )
+            .returning(child.c.attempt, child.c.kind)
+        )  # fmt: skip
+        try:
+            with self.single() as connection:
+                row = connection.execute(statement).one_or_none()
+        except exc.IntegrityError as error:
+            raise SlotTaken(slot) from error
+        if row is not None:
+            return Claimed(key, row.attempt, token, row.kind)
+        return self._why_refused(key, attempt, token, worker_id)
+
+    def _why_refused(
+        self, key: ChildKey, attempt: int, token: uuid.UUID, worker_id: uuid.UUID
+    ) -> Claimed | Refused:
+        query = (
+            sa.select(
+                *CHILD_COLUMNS, batch.c.status.label("batch_status"), batch.c.paused_at, batch.c.round.label("now_round"),
+                (child.c.expires_at <= now()).label("expired"), _worker_lives(worker_id).label("known"),
+            )
+            .join(batch, batch.c.id == child.c.batch_id)
+            .where(at(key))
+        )  # fmt: skip
+        with self.read() as connection:
+            found = connection.execute(query).one_or_none()
+        if found is None:
+            return Refused("its row is gone", gone=True)
+        row = child_row(found[: len(CHILD_COLUMNS)])
+        if row.run_token == token and row.status == Status.RUNNING:
+            return Claimed(key, row.attempt, token, row.kind)  # the commit was ours, its answer was lost
+        if row.attempt != attempt:
+            return Refused(f"the message is of attempt {attempt}, the row is at {row.attempt}")
+        if row.status != Status.PENDING:
+            return Refused(f"the row is {row.status}")
+        if found.expired:
+            return Refused("it has expired", expired=True)
+        if found.batch_status not in BATCH_ALIVE and row.kind == Kind.CHILD:
+            return Refused(f"its batch is {found.batch_status}")
+        if found.paused_at is not None:
+            return Refused("its batch is paused")
+        if row.kind != Kind.CHILD and row.round != found.now_round:
+            return Refused(f"its batch is in round {found.now_round}")
+        if not found.known:
+            return Refused("this worker is not registered yet", wait=True)
+        return Refused("the row was about to change", wait=True)
+
+    # -- the run's own end -----------------------------------------------------------------------
+
+    def settle(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled:
+        """Write a run's end and its count. Repeatable: the same token may ask twice."""
+        if ending.evidence is None and not self.sqlite:
+            answer = self._settle_at_once(key, token, ending)
+        else:
+            answer = self._settle_in_steps(key, token, ending)
+        return answer or self._settle_late(key, token, ending)
+
+    def _settle_at_once(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled | None:
+        statement = settle_and_count(_end(key, token, ending), ending.status)
+        with self.single() as connection:
+            row = connection.execute(statement).one_or_none()
+        return None if row is None else Settled(True, look=row.open == 0)
+
+    def _settle_in_steps(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled | None:
+        with self.write() as connection:
+            first = callbacks.lock_for_first_failure(connection, key.batch_id, ending.status)
+            rows = connection.execute(
+                _end(key, token, ending).returning(*MOVED, child.c.attempt)
+            ).all()
+            if not rows:
+                return None
+            look = move(connection, key.batch_id, rows, None, ending.status)
+            if ending.evidence is not None:
+                record(connection, key, rows[0].attempt, token, ending.status, ending.evidence)
+            called = callbacks.insert_first_failure(connection, first, rows[0].kind)
+            return Settled(True, look=look, callbacks=called)
+
+    def _settle_late(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled:
+        """The guard lost: an earlier answer was lost, a mere suspicion is overturned, or it is too late."""
+        with self.write() as connection:
+            row = self._locked_for_overturn(connection, key)
+            if row is None:
+                return Settled(False)  # the application deleted the batch: nothing is left to write to
+            if row.run_token == token and row.status == ending.status:
+                return Settled(True, look=True)
+            if self._may_overturn(connection, row, token, ending):
+                return self._overturn(connection, row, token, ending)
+            evidence = ending.evidence or Evidence(ending.cause or Cause.LATE_WRITE)
+            record(connection, key, row.attempt, token, "late_write", evidence)
+            return Settled(False, late=True)
+
+    def _locked_for_overturn(self, connection: sa.Connection, key: ChildKey) -> ChildRow | None:
+        connection.execute(sa.select(batch.c.id).where(batch.c.id == key.batch_id).with_for_update(read=True))
+        found = connection.execute(sa.select(*CHILD_COLUMNS).where(at(key)).with_for_update()).one_or_none()
+        return None if found is None else child_row(found)
+
+    def _may_overturn(
+        self, connection: sa.Connection, row: ChildRow, token: uuid.UUID, ending: Ending
+    ) -> bool:
+        if row.run_token != token or row.verdict != Verdict.LEASE or ending.status not in OVERTURNS:
+            return False
+        if row.status not in OVERTURNS[ending.status].sources:
+            return False
+        if row.kind != Kind.CHILD:
+            return True  # fenced by its token alone
+        status = connection.execute(
+            sa.select(batch.c.status).where(batch.c.id == row.batch_id)
+        ).scalar_one()
+        return bool(status == BatchStatus.RUNNING or status == BatchStatus.OPEN)
+
+    def _overturn(
+        self, connection: sa.Connection, row: ChildRow, token: uuid.UUID, ending: Ending
+    ) -> Settled:
+        source = Status(row.status)
+        rows = connection.execute(
+            change(
+                OVERTURNS[ending.status], at(row.key), child.c.run_token == token,
+                result=ending.result, cause=ending.cause, verdict=None,
+            ).returning(*MOVED)
+        ).all()  # fmt: skip
+        move(connection, row.batch_id, rows, source, ending.status)
+        connection.execute(
+            sa.update(incident)
+            .where(
+                incident.c.batch_id == row.batch_id, incident.c.position == row.position,
+                incident.c.run_token == token, incident.c.verdict == Verdict.LEASE.value,
+            )
+            .values(overturned_at=now())
+        )  # fmt: skip
+        if ending.evidence is not None:
+            record(connection, row.key, row.attempt, token, ending.status, ending.evidence)
+        return Settled(True, look=True, overturned=True)
+
+    def release(self, key: ChildKey, token: uuid.UUID, how: Release) -> bool:
+        """``running → pending``: the run gives its row back for another attempt."""
+        values: dict[str, Any] = {"not_before": moment(how.countdown, how.eta)}
+        due_now = how.eta is None and not how.countdown
+        # Celery publishes its retry before we get here: one that is due now was refused already.
+        values["dispatched_at"] = now() if how.sent and not due_now else None
+        if how.retries is not None:
+            values["retries"] = how.retries
+        if how.signature is not None:
+            values["signature"] = how.signature
+        statement = change(RELEASE, at(key), child.c.run_token == token, **values)
+        with self.write() as connection:
+            row = connection.execute(statement.returning(child.c.attempt)).one_or_none()
+            if row is not None and how.evidence is not None:
+                record(connection, key, row.attempt, token, "retried", how.evidence)
+            return row is not None
+
+    # -- ends that others write ------------------------------------------------------------------
+
+    def crash(
+        self, row: ChildRow, evidence: Evidence, verdict: Verdict, run_again_in: float | None
+    ) -> Settled:
+        """A run died. `run_again_in` seconds it is pending once more, or None: it is crashed.
+
+        Fenced by the run token that `row` was read with.
+        """
+        guard = (at(row.key), child.c.run_token == row.run_token)
+        return self._died(row, CRASH, RELEASE, guard, evidence, verdict, run_again_in)
+
+    def crash_unclaimed(self, row: ChildRow, evidence: Evidence, run_again_in: float | None) -> Settled:
+        """A process died with the message in hand, before the claim: that uses up an attempt too."""
+        guard = (at(row.key), child.c.attempt == row.attempt)
+        return self._died(
+            row, CRASH_UNCLAIMED, STRIKE, guard, evidence, Verdict.OBSERVED, run_again_in,
+            attempt=child.c.attempt + 1,
+        )  # fmt: skip
+
+    def _died(
+        self, row: ChildRow, settle: Transition, again: Transition, guard: Any, evidence: Evidence,
+        verdict: Verdict, run_again_in: float | None, **values: Any,
+    ) -> Settled:  # fmt: skip
+        transition = settle if run_again_in is None else again
+        values.update(crashes=child.c.crashes + 1, verdict=verdict.value)
+        if run_again_in is None:
+            values["cause"] = evidence.cause.value
+        else:
+            values.update(dispatched_at=None, not_before=later(run_again_in))
+        with self.write() as connection:
+            watched = transition.target if verdict is Verdict.OBSERVED else Status.PENDING
+            first = callbacks.lock_for_first_failure(connection, row.batch_id, watched)
+            found = connection.execute(
+                change(transition, *guard, **values).returning(*MOVED, child.c.attempt)
+            ).all()
+            if not found:
+                return Settled(False)
+            outcome = "retried" if run_again_in is not None else transition.target
+            record(connection, row.key, found[0].attempt, row.run_token, outcome, evidence, verdict)
+            if run_again_in is not None:
+                return Settled(True)
+            look = move(connection, row.batch_id, found, None, transition.target)
+            called = callbacks.insert_first_failure(connection, first, found[0].kind)
+            return Settled(True, look=look, callbacks=called)
+
+    def release_claiming(self, row: ChildRow) -> bool:
+        """A claim that committed after its process had given up: back to pending, without a strike."""
+        statement = change(RELEASE, at(row.key), child.c.run_token == row.run_token, dispatched_at=None)
+        with self.write() as connection:
+            return connection.execute(statement).rowcount == 1
+
+    def settle_unstarted(
+        self, key: ChildKey, attempt: int, status: Status, evidence: Evidence
+    ) -> Settled:
+        """A message that never reached its task (unknown name, revoked, expired, refused content)."""
+        transition = WITHDRAW if status is Status.CANCELLED else REFUSE
+        with self.write() as connection:
+            first = callbacks.lock_for_first_failure(connection, key.batch_id, status)
+            rows = connection.execute(
+                change(transition, at(key), child.c.attempt == attempt, cause=evidence.cause.value)
+                .returning(*MOVED)
+            ).all()  # fmt: skip
+            if not rows:
+                return Settled(False)
+            look = move(connection, key.batch_id, rows, None, transition.target)
+            record(connection, key, attempt, None, transition.target, evidence)
+            called = callbacks.insert_first_failure(connection, first, rows[0].kind)
+            return Settled(True, look=look, callbacks=called)
+
+    def settle_terminated(self, row: ChildRow, evidence: Evidence) -> Settled:
+        """A running child whose task was revoked with `terminate`."""
+        ending = Ending(Status.CANCELLED, cause=evidence.cause, evidence=evidence)
+        assert row.run_token is not None
+        return self._settle_in_steps(row.key, row.run_token, ending) or Settled(False)
+
+    # -- reading one -----------------------------------------------------------------------------
+
+    def child(self, key: ChildKey) -> ChildRow | None:
+        with self.read() as connection:
+            found = connection.execute(sa.select(*CHILD_COLUMNS).where(at(key))).one_or_none()
+        return None if found is None else child_row(found)
+
+    def running_of(self, worker_id: uuid.UUID, slot_prefix: str = "") -> list[ChildRow]:
+        """Running rows of one worker, or of one of its processes (``pid:start``) or slots."""
+        query = sa.select(*CHILD_COLUMNS).where(
+            child.c.worker_id == worker_id, child.c.status == Status.RUNNING.value
+        )
+        if slot_prefix:
+            query = query.where(child.c.slot.startswith(slot_prefix, autoescape=True))
+        with self.read() as connection:
+            return [child_row(row) for row in connection.execute(query)]
+
+    def cancelled_runs(self, keys: Sequence[tuple[ChildKey, uuid.UUID]]) -> dict[ChildKey, str]:
+        """Of the runs (key, token) that black boxes show: those whose row says that they are zombies, and why."""
+        zombies: dict[ChildKey, str] = {}
+        for key, token in keys:
+            with self.read() as connection:
+                found = connection.execute(
+                    sa.select(*CHILD_COLUMNS, batch.c.status.label("batch_status"))
+                    .join(batch, batch.c.id == child.c.batch_id)
+                    .where(at(key))
+                ).one_or_none()
+            reason = _zombie(found, token)
+            if reason:
+                zombies[key] = reason
+        return zombies
+
+
+class SlotTaken(Exception):  # noqa: N818 (an answer, not a failure)
+    """The slot still runs another row: its former child is over, and nobody has said so."""
+
+
+def _zombie(found: Any, token: uuid.UUID) -> str | None:
+    if found is None:
+        return "its row is gone"
+    row = child_row(found[: len(CHILD_COLUMNS)])
+    if row.run_token != token:
+        return "its row was claimed anew"
+    if row.status == Status.RUNNING or row.verdict == Verdict.LEASE:
+        return None  # alive, or taken for dead by its lease alone: that may still be overturned
+    if row.status in SETTLED:
+        return f"its row is {row.status} ({row.cause or found.batch_status})"
+    return None
+
+
+def _end(key: ChildKey, token: uuid.UUID, ending: Ending) -> sa.Update:
+    values: dict[str, Any] = {"result": ending.result, "cause": ending.cause}
+    if ending.status is Status.COMPLETED:
+        values["signature"] = None  # arguments are customers' data: gone when no longer needed
+    return change(ENDINGS[ending.status], at(key), child.c.run_token == token, **values)
+
+
+def _batch_lets_claim() -> sa.ColumnElement[bool]:
+    alive = sa.and_(
+        child.c.kind == Kind.CHILD.value,
+        batch.c.status.in_([each.value for each in BATCH_ALIVE]),
+        batch.c.paused_at.is_(None),
+    )
+    called = sa.and_(child.c.kind != Kind.CHILD.value, child.c.round == batch.c.round)
+    return sa.exists().where(batch.c.id == child.c.batch_id, sa.or_(alive, called))
+
+
+def _worker_lives(worker_id: uuid.UUID) -> sa.ColumnElement[bool]:
+    return sa.exists().where(worker.c.id == worker_id, worker.c.stopped_at.is_(None))
+
+
+def record(
+    connection: sa.Connection, key: ChildKey, attempt: int, token: uuid.UUID | None, outcome: str,
+    evidence: Evidence, verdict: Verdict | None = None,
+) -> None:  # fmt: skip
+    """Insert an incident: evidence of one attempt that did not complete."""
+    connection.execute(
+        sa.insert(incident).values(
+            id=uuid7(), batch_id=key.batch_id, position=key.position, attempt=attempt, run_token=token,
+            outcome=str(outcome), cause=evidence.cause.value, phase=evidence.phase, signal=evidence.signal,
+            exit_code=evidence.exit_code, message=_text(evidence.message), traceback=_text(evidence.traceback),
+            hostname=evidence.hostname, worker=evidence.worker, pid=evidence.pid,
+            detected_by=evidence.detected_by, verdict=verdict,
+            died_at=evidence.died_at or now(), detected_at=now(),
+        )
+    )  # fmt: skip
+
+
+def _text(value: str | None, limit: int = 20_000) -> str | None:
+    """Bounded, and without the NUL characters that PostgreSQL refuses in text."""
+    if value is None:
+        return None
+    value = value.replace("\0", "\\0")
+    return value if len(value) <= limit else value[: limit // 2] + "\n… cut …\n" + value[-limit // 2 :]
+
+
+__all__ = ["ChildWrites", "SlotTaken", "at", "moment", "record"]

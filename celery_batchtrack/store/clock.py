@@ -1,0 +1,114 @@
+"""The database's clock in SQL: no Python clock is ever compared with a time stamp.
+
+Dialects differ here, in `settle` (`children`) and in bulk inserts, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+_SQLITE_FORMAT = "'%Y-%m-%d %H:%M:%f000'"  # %f is SS.SSS: six digits, as SQLAlchemy writes them
+
+
+class Moment(sa.TypeDecorator[datetime]):
+    """An aware UTC datetime on every database (``timestamptz``; ISO text on SQLite)."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        value = value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class now(FunctionElement[datetime]):  # noqa: N801 (reads as SQL)
+    """The database's present moment: the start of the statement, not of its transaction."""
+
+    type = Moment()
+    inherit_cache = True
+
+
+class later(FunctionElement[datetime]):  # noqa: N801
+    """`later(seconds)`: that many seconds from now (negative: ago)."""
+
+    type = Moment()
+    inherit_cache = True
+
+
+class age(FunctionElement[float]):  # noqa: N801
+    """`age(column)`: seconds from the column's moment until now; `age(a, b)`: from a until b."""
+
+    type = sa.Float()
+    inherit_cache = True
+
+
+@compiles(now, "postgresql")
+def _now_pg(element: Any, compiler: Any, **kw: Any) -> str:
+    return "statement_timestamp()"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"strftime({_SQLITE_FORMAT}, 'now')"
+
+
+@compiles(later, "postgresql")
+def _later_pg(element: Any, compiler: Any, **kw: Any) -> str:
+    seconds = compiler.process(element.clauses, **kw)
+    return f"(statement_timestamp() + make_interval(secs => CAST({seconds} AS double precision)))"
+
+
+@compiles(later, "sqlite")
+def _later_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    seconds = compiler.process(element.clauses, **kw)
+    return f"strftime({_SQLITE_FORMAT}, 'now', CAST({seconds} AS TEXT) || ' seconds')"
+
+
+def _age_ends(element: Any, compiler: Any, **kw: Any) -> tuple[str, str]:
+    clauses = list(element.clauses)
+    until = clauses[1] if len(clauses) > 1 else now()
+    return compiler.process(clauses[0], **kw), compiler.process(until, **kw)
+
+
+@compiles(age, "postgresql")
+def _age_pg(element: Any, compiler: Any, **kw: Any) -> str:
+    since, until = _age_ends(element, compiler, **kw)
+    return f"CAST(extract(epoch FROM {until} - {since}) AS double precision)"
+
+
+@compiles(age, "sqlite")
+def _age_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    since, until = _age_ends(element, compiler, **kw)
+    return f"((julianday({until}) - julianday({since})) * 86400.0)"
+
+
+class Identifier(sa.TypeDecorator[Any]):
+    """A UUID: native on PostgreSQL, its usual 36 characters of text on SQLite (so that SQL can name it)."""
+
+    impl = sa.Uuid
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(sa.Uuid(as_uuid=True))
+        return dialect.type_descriptor(sa.String(36))
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return value if value is None or dialect.name == "postgresql" else str(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        return value if value is None or isinstance(value, uuid.UUID) else uuid.UUID(str(value))

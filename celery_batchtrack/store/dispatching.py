@@ -1,0 +1,130 @@
+"""Rows that wait to be published: taken, stamped, and given back when publishing failed."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+
+from ..vocabulary.ids import ChildKey
+from ..vocabulary.records import BatchRow, ChildRow, Outgoing
+from ..vocabulary.states import BatchStatus, Kind, Status
+from .clock import age, now
+from .engine import Connected
+from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
+from .schema import batch, child
+
+#: Redispatch waits double with every publish, up to this many seconds.
+LONGEST_WAIT = 3600.0
+
+
+def _publishable() -> sa.ColumnElement[bool]:
+    """A children's batch must run (or be open with start="now"); a callback's round must be current."""
+    header = sa.and_(
+        child.c.kind == Kind.CHILD.value,
+        sa.or_(
+            batch.c.status == BatchStatus.RUNNING.value,
+            sa.and_(batch.c.status == BatchStatus.OPEN.value, batch.c.start_now),
+        ),
+        batch.c.paused_at.is_(None),
+    )
+    called = sa.and_(child.c.kind != Kind.CHILD.value, child.c.round == batch.c.round)
+    return sa.and_(
+        child.c.status == Status.PENDING.value, child.c.waits_on_batch.is_(None), sa.or_(header, called)
+    )
+
+
+class Dispatching(Connected):
+    """Takes rows for publishing. A taken row is stamped first and published after the commit."""
+
+    def take_undispatched(self, batch_id: uuid.UUID | None, limit: int) -> list[Outgoing]:
+        """Up to `limit` rows that were never published for their attempt, of one batch or of any."""
+        wanted = [child.c.dispatched_at.is_(None)]
+        if batch_id is not None:
+            wanted.append(child.c.batch_id == batch_id)
+        return self._take(sa.and_(*wanted), limit)
+
+    def overdue(self, after: float, limit: int = 5000) -> list[tuple[str | None, float, int, ChildKey]]:
+        """Pending rows whose last publish is older than `after` seconds, doubling with each publish:
+        (queue, seconds since the publish, publishes so far, key), oldest first."""
+        waited = age(child.c.dispatched_at)
+        query = (
+            sa.select(child.c.queue, waited, child.c.dispatches, child.c.batch_id, child.c.position)
+            .join(batch, batch.c.id == child.c.batch_id)
+            .where(
+                _publishable(), child.c.dispatched_at.is_not(None), waited >= after,
+                sa.or_(child.c.not_before.is_(None), age(child.c.not_before) >= after),
+            )
+            .order_by(child.c.dispatched_at)
+            .limit(limit)
+        )  # fmt: skip
+        with self.read() as connection:
+            return [
+                (row[0], float(row[1]), row[2], ChildKey(row[3], row[4])) for row in connection.execute(query)
+            ]
+
+    def take_again(self, keys: Iterable[ChildKey], after: float) -> list[Outgoing]:
+        """Take these rows for another publish, if nobody else has published them meanwhile."""
+        taken: list[Outgoing] = []
+        for batch_id, positions in _by_batch(keys).items():
+            wanted = sa.and_(
+                child.c.batch_id == batch_id, child.c.position.in_(positions),
+                child.c.dispatched_at.is_not(None), age(child.c.dispatched_at) >= after,
+            )  # fmt: skip
+            taken += self._take(wanted, len(positions))
+        return taken
+
+    def _take(self, wanted: sa.ColumnElement[bool], limit: int) -> list[Outgoing]:
+        # MATERIALIZED: inlined, LIMIT with SKIP LOCKED may be evaluated again for every row.
+        due = (
+            sa.select(child.c.batch_id, child.c.position)
+            .join(batch, batch.c.id == child.c.batch_id)
+            .where(wanted, _publishable())
+            .order_by(child.c.batch_id, child.c.position)
+            .limit(limit)
+            .with_for_update(skip_locked=True, of=child)
+            .cte("due")
+            .prefix_with("MATERIALIZED", dialect="postgresql")
+        )
+        statement = (
+            sa.update(child)
+            .where(child.c.batch_id == due.c.batch_id, child.c.position == due.c.position)
+            .values(dispatched_at=now(), dispatches=child.c.dispatches + 1)
+            .returning(*CHILD_COLUMNS)
+        )
+        with self.write() as connection:
+            rows = sorted(
+                (child_row(row) for row in connection.execute(statement)), key=lambda row: row.key
+            )
+            batches = self._batches(connection, {row.batch_id for row in rows})
+        return [Outgoing(row, batches[row.batch_id]) for row in rows]
+
+    def _batches(self, connection: sa.Connection, ids: set[uuid.UUID]) -> dict[uuid.UUID, BatchRow]:
+        if not ids:
+            return {}
+        rows = connection.execute(sa.select(*BATCH_COLUMNS).where(batch.c.id.in_(ids)))
+        return {row[0]: batch_row(row) for row in rows}
+
+    def give_back(self, rows: Iterable[ChildRow]) -> None:
+        """Publishing failed after the stamp: due again at the next look."""
+        with self.write() as connection:
+            for row in rows:
+                connection.execute(
+                    sa.update(child)
+                    .where(
+                        child.c.batch_id == row.batch_id, child.c.position == row.position,
+                        child.c.status == Status.PENDING.value, child.c.attempt == row.attempt,
+                    )
+                    .values(dispatched_at=None)
+                )  # fmt: skip
+
+
+def _by_batch(keys: Iterable[ChildKey]) -> dict[uuid.UUID, list[int]]:
+    grouped: dict[uuid.UUID, list[int]] = {}
+    for key in keys:
+        grouped.setdefault(key.batch_id, []).append(key.position)
+    return grouped
+
+

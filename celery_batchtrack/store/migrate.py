@@ -1,0 +1,81 @@
+"""Schema versions: what the database has, what the code needs, and the way there (Alembic)."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+
+from .. import errors
+
+VERSION_TABLE = "batchtrack_alembic_version"
+_SCRIPTS = Path(__file__).parent / "migrations"
+#: Key of the advisory lock that lets one of several `migrate` work at a time (PostgreSQL).
+_LOCK = 0x62746D67
+
+
+class State(Enum):
+    EMPTY = "has no batchtrack tables"
+    OLDER = "is older than this version of celery-batchtrack"
+    CURRENT = "fits"
+    NEWER = "is newer than this version of celery-batchtrack"
+
+
+def config() -> Config:
+    settings = Config()
+    settings.set_main_option("script_location", str(_SCRIPTS))
+    settings.set_main_option("path_separator", "os")
+    return settings
+
+
+def _revisions() -> tuple[str, set[str]]:
+    scripts = ScriptDirectory.from_config(config())
+    head = scripts.get_current_head()
+    assert head is not None
+    return head, {each.revision for each in scripts.walk_revisions()}
+
+
+def state(connection: sa.Connection) -> State:
+    """Compare the database's version with the code's. Two cheap queries, once per process."""
+    if not sa.inspect(connection).has_table(VERSION_TABLE):
+        return State.EMPTY
+    stored = connection.execute(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")).scalars().all()
+    head, known = _revisions()
+    if not stored:
+        return State.EMPTY
+    if stored == [head]:
+        return State.CURRENT
+    return State.OLDER if set(stored) <= known else State.NEWER
+
+
+def refusal(found: State, url: str) -> errors.SchemaError:
+    """The error for a database that does not fit, with what to do."""
+    if found is State.EMPTY:
+        return errors.SchemaMissing(
+            f"tracking database {url} has no batchtrack tables: run `celery -A <app> batchtrack migrate`"
+        )
+    if found is State.OLDER:
+        return errors.SchemaOutdated(
+            f"tracking database {url} has an older schema than this version of celery-batchtrack: "
+            "run `celery -A <app> batchtrack migrate`"
+        )
+    return errors.SchemaTooNew(
+        f"tracking database {url} has a newer schema than this version of celery-batchtrack: "
+        "upgrade the package on this machine"
+    )
+
+
+def upgrade(engine: sa.Engine) -> None:
+    """Run every missing step, in one transaction."""
+    settings = config()
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+        if state(connection) is State.NEWER:
+            raise refusal(State.NEWER, engine.url.render_as_string(hide_password=True))
+        settings.attributes["connection"] = connection
+        command.upgrade(settings, "head")

@@ -1,0 +1,51 @@
+"""Retention: ended batches go, in chunks, once their callbacks are done."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from ..vocabulary.states import OPEN, BatchStatus, Kind
+from .clock import later
+from .engine import Connected
+from .schema import batch, child, worker
+
+_CHUNK = 100
+
+
+class Pruning(Connected):
+    """Deletes what is over. Children, tallies and incidents go with their batch (ON DELETE CASCADE)."""
+
+    def prune(self, *, completed: float, other: float) -> int:
+        """Delete batches that ended more than so many seconds ago; returns how many."""
+        return self._prune(BatchStatus.COMPLETED, completed) + self._prune(None, other)
+
+    def _prune(self, status: BatchStatus | None, seconds: float) -> int:
+        open_callback = sa.exists().where(
+            child.c.batch_id == batch.c.id, child.c.kind != Kind.CHILD.value,
+            child.c.status.in_([each.value for each in OPEN]),
+        )  # fmt: skip
+        which = (
+            batch.c.status == BatchStatus.COMPLETED.value
+            if status
+            else batch.c.status != BatchStatus.COMPLETED.value
+        )
+        old = (
+            sa.select(batch.c.id)
+            .where(which, batch.c.finished_at < later(-seconds), ~open_callback)
+            .order_by(batch.c.finished_at)
+            .limit(_CHUNK)
+        )
+        deleted = 0
+        while True:
+            with self.write() as connection:
+                gone = connection.execute(sa.delete(batch).where(batch.c.id.in_(old))).rowcount
+            deleted += gone
+            if gone < _CHUNK:
+                return deleted
+
+    def prune_workers(self, seconds: float) -> int:
+        """Delete workers that ended that long ago and are named by no child any more."""
+        over = sa.func.coalesce(worker.c.stopped_at, worker.c.lost_at) < later(-seconds)
+        named = sa.exists().where(child.c.worker_id == worker.c.id, child.c.status == "running")
+        with self.write() as connection:
+            return connection.execute(sa.delete(worker).where(over, ~named)).rowcount

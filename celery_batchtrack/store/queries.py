@@ -1,0 +1,219 @@
+"""Reading: progress, lists, children, results, incidents."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from .. import errors
+from ..vocabulary.records import BatchRow, ChildRow, IncidentRow, Progress
+from ..vocabulary.states import Kind, Status
+from .clock import age, later, now
+from .engine import Connected
+from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
+from .schema import batch, child, incident, tally
+
+_COUNTS = tuple(
+    prefix + name for prefix in ("", "items_") for name in ("total", "completed", "failed", "crashed", "cancelled")
+)
+_PAGE = 1000
+
+
+class Queries(Connected):
+    """Everything that only reads."""
+
+    def batch(self, batch_id: uuid.UUID) -> BatchRow | None:
+        with self.read() as connection:
+            found = connection.execute(
+                sa.select(*BATCH_COLUMNS).where(batch.c.id == batch_id)
+            ).one_or_none()
+        return None if found is None else batch_row(found)
+
+    def resolve(self, prefix: str) -> uuid.UUID:
+        """The batch whose id is, or starts with, `prefix`. Raises BatchNotFound."""
+        try:
+            if len(prefix) >= 32:
+                found: Sequence[uuid.UUID] = [uuid.UUID(prefix)]
+                return found[0] if self.batch(found[0]) else self._not_found(prefix)
+        except ValueError:
+            return self._not_found(prefix)
+        if not prefix or set(prefix.lower()) - set("0123456789abcdef-"):
+            return self._not_found(prefix)
+        text = sa.cast(batch.c.id, sa.String(36)) if not self.sqlite else sa.type_coerce(batch.c.id, sa.String)
+        with self.read() as connection:
+            found = list(
+                connection.execute(
+                    sa.select(batch.c.id).where(text.startswith(prefix.lower(), autoescape=True)).limit(3)
+                ).scalars()
+            )
+        if len(found) > 1:
+            raise errors.BatchNotFound(f"several batches' ids start with {prefix!r}: give more of it")
+        return found[0] if found else self._not_found(prefix)
+
+    def _not_found(self, prefix: str) -> uuid.UUID:
+        raise errors.BatchNotFound(f"no batch {prefix!r} in {self.shown_url}")
+
+    def progress(self, batch_id: uuid.UUID) -> Progress:
+        """Counts of one batch. Sums its tally shards: the cost does not grow with the batch."""
+        found = self.progress_of([batch_id])
+        if not found:
+            raise errors.BatchNotFound(f"no batch {batch_id} in {self.shown_url}")
+        return found[0]
+
+    def progress_of(self, ids: Sequence[uuid.UUID]) -> list[Progress]:
+        """Counts of several batches, in the order of `ids`; one statement, one snapshot."""
+        if not ids:
+            return []
+        running = (
+            sa.select(sa.func.count())
+            .where(
+                child.c.batch_id == batch.c.id, child.c.status == Status.RUNNING.value,
+                child.c.kind == Kind.CHILD.value,
+            )
+            .scalar_subquery()
+        )  # fmt: skip
+        sums = (
+            sa.select(tally.c.batch_id, *(sa.func.sum(tally.c[name]).label(name) for name in _COUNTS))
+            .where(tally.c.batch_id.in_(ids))
+            .group_by(tally.c.batch_id)
+            .subquery()
+        )
+        until = sa.func.coalesce(batch.c.finished_at, now())
+        query = sa.select(
+            *(batch.c[name] for name in ("id", "name", "status", "round", "created_at", "started_at", "finished_at")),
+            *(sums.c[name] for name in _COUNTS),
+            running.label("running"),
+            age(batch.c.started_at, until).label("seconds"),
+        ).join(sums, sums.c.batch_id == batch.c.id)
+        with self.read() as connection:
+            rows = {row.id: row for row in connection.execute(query)}
+        return [_progress(rows[each]) for each in ids if each in rows]
+
+    def list_batches(
+        self, *, statuses: Sequence[str] = (), name: str | None = None, limit: int = 50
+    ) -> list[uuid.UUID]:
+        """Ids of batches, newest first."""
+        query = sa.select(batch.c.id).order_by(batch.c.created_at.desc(), batch.c.id.desc()).limit(limit)
+        if statuses:
+            query = query.where(batch.c.status.in_(list(statuses)))
+        if name is not None:
+            query = query.where(batch.c.name == name)
+        with self.read() as connection:
+            return list(connection.execute(query).scalars())
+
+    def children(
+        self, batch_id: uuid.UUID, *, statuses: Sequence[str] = (), callbacks: bool = False
+    ) -> Iterator[ChildRow]:
+        """Children (or callback rows) by position, fetched in pages: memory does not grow with the batch."""
+        kind = child.c.kind != Kind.CHILD.value if callbacks else child.c.kind == Kind.CHILD.value
+        wanted = [child.c.batch_id == batch_id, kind]
+        if statuses:
+            wanted.append(child.c.status.in_(list(statuses)))
+        after = -1
+        while True:
+            query = (
+                sa.select(*CHILD_COLUMNS).where(*wanted, child.c.position > after)
+                .order_by(child.c.position).limit(_PAGE)
+            )  # fmt: skip
+            with self.read() as connection:
+                page = [child_row(row) for row in connection.execute(query)]
+            yield from page
+            if len(page) < _PAGE:
+                return
+            after = page[-1].position
+
+    def results(self, batch_id: uuid.UUID) -> Iterator[str | None]:
+        """Results (JSON) of completed children in header order, fetched in pages."""
+        after = -1
+        while True:
+            query = (
+                sa.select(child.c.position, child.c.result)
+                .where(
+                    child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
+                    child.c.status == Status.COMPLETED.value, child.c.position > after,
+                )
+                .order_by(child.c.position)
+                .limit(_PAGE)
+            )  # fmt: skip
+            with self.read() as connection:
+                page = connection.execute(query).all()
+            yield from (row.result for row in page)
+            if len(page) < _PAGE:
+                return
+            after = page[-1].position
+
+    def callback_rows(self, batch_id: uuid.UUID) -> list[ChildRow]:
+        return list(self.children(batch_id, callbacks=True))
+
+    def incidents(
+        self, batch_id: uuid.UUID | None = None, *, outcomes: Sequence[str] = (), crashes_only: bool = False,
+        since: float | None = None, limit: int | None = None,
+    ) -> list[IncidentRow]:  # fmt: skip
+        """Incidents, oldest first. `crashes_only`: deaths, those included after which a child ran again;
+        `since`: not older than that many seconds."""
+        columns = [
+            {"task": child.c.task, "task_id": child.c.task_id, "items": child.c["items"]}.get(name)
+            if name in ("task", "task_id", "items") else incident.c[name]
+            for name in IncidentRow.__slots__
+        ]  # fmt: skip
+        query = sa.select(*columns).join(
+            child, sa.and_(child.c.batch_id == incident.c.batch_id, child.c.position == incident.c.position)
+        )
+        if batch_id is not None:
+            query = query.where(incident.c.batch_id == batch_id)
+        if outcomes:
+            query = query.where(incident.c.outcome.in_(list(outcomes)))
+        if crashes_only:
+            query = query.where(incident.c.detected_by.is_not(None), incident.c.overturned_at.is_(None))
+        if since is not None:
+            query = query.where(incident.c.detected_at >= later(-since))
+        query = query.order_by(incident.c.detected_at.desc() if limit else incident.c.detected_at, incident.c.id)
+        with self.read() as connection:
+            rows = [_incident_row(row) for row in connection.execute(query.limit(limit) if limit else query)]
+        return rows[::-1] if limit else rows
+
+    def first_failure(self, batch_id: uuid.UUID) -> tuple[str, str | None] | None:
+        """(task id, message) of the first child that failed or crashed, for an errback's text."""
+        query = (
+            sa.select(child.c.task_id, incident.c.message)
+            .join(incident, sa.and_(incident.c.batch_id == child.c.batch_id, incident.c.position == child.c.position))
+            .where(
+                child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
+                child.c.status.in_([Status.FAILED.value, Status.CRASHED.value, Status.CANCELLED.value]),
+                incident.c.outcome != "retried",
+            )
+            .order_by(child.c.finished_at, child.c.position, incident.c.detected_at.desc())
+            .limit(1)
+        )  # fmt: skip
+        with self.read() as connection:
+            found = connection.execute(query).one_or_none()
+        return None if found is None else (found[0], found[1])
+
+    def current_time(self) -> datetime:
+        """The database's clock."""
+        with self.read() as connection:
+            return connection.execute(sa.select(now())).scalar_one()
+
+
+def _progress(row: sa.Row[Any]) -> Progress:
+    counts = {name: int(getattr(row, name) or 0) for name in _COUNTS}
+    settled = counts["completed"] + counts["failed"] + counts["crashed"] + counts["cancelled"]
+    # Tallies and rows are read in one statement, but a claim may sit between a settle's two halves
+    # only on the other side of a commit: `running` never exceeds what is open.
+    running = min(int(row.running), counts["total"] - settled)
+    return Progress(
+        batch_id=row.id, name=row.name, status=row.status, round=row.round,
+        pending=counts["total"] - settled - running, running=running, **counts,
+        created_at=row.created_at, started_at=row.started_at, finished_at=row.finished_at,
+        seconds=None if row.seconds is None else float(row.seconds),
+    )  # fmt: skip
+
+
+def _incident_row(row: sa.Row[Any]) -> IncidentRow:
+    values = dict(zip(IncidentRow.__slots__, row, strict=True))
+    values["items"] = values["items"] or []
+    return IncidentRow(**values)

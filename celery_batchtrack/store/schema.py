@@ -1,0 +1,225 @@
+"""The tables. The database enforces what the code promises; `migrations` holds the same, in steps.
+
+Totals of a batch live in its tally shards only; `running` is counted over a partial index, and
+`pending` is the rest. Partial indexes cover only what is still open: what is settled costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+
+from ..vocabulary.states import CALLBACK_KINDS, OPEN, BatchStatus, Kind, Status, Verdict
+from .clock import Identifier, Moment, now
+
+metadata = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+    }
+)
+
+#: JSON that people query; parsed by SQLAlchemy on both databases.
+Json = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+def _one_of(column: str, values: Any) -> str:
+    return f"{column} IN ({', '.join(repr(str(value)) for value in values)})"
+
+
+def _when(column: str, values: Any) -> Any:
+    """Condition of a partial index, for both databases."""
+    text = sa.text(_one_of(column, values))
+    return {"postgresql_where": text, "sqlite_where": text}
+
+
+def _where(text: str) -> Any:
+    return {"postgresql_where": sa.text(text), "sqlite_where": sa.text(text)}
+
+
+_OPEN = _one_of("status", OPEN)
+
+meta = sa.Table(
+    "batchtrack_meta",
+    metadata,
+    sa.Column("id", sa.SmallInteger, primary_key=True, autoincrement=False),
+    sa.Column("store_id", Identifier, nullable=False),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("swept_at", Moment),
+    sa.Column("swept_by", sa.String(255)),
+    sa.Column("server_started_at", Moment),
+    sa.CheckConstraint("id = 1", name="one_row"),
+)
+
+worker = sa.Table(
+    "batchtrack_worker",
+    metadata,
+    sa.Column("id", Identifier, primary_key=True),
+    sa.Column("kind", sa.String(8), nullable=False),
+    sa.Column("name", sa.String(255), nullable=False),
+    sa.Column("hostname", sa.String(255), nullable=False),
+    sa.Column("boot_id", sa.String(64)),
+    sa.Column("pid_namespace", sa.String(64)),
+    sa.Column("pid", sa.BigInteger, nullable=False),
+    sa.Column("pid_started", sa.BigInteger),
+    sa.Column("pool", sa.String(32), nullable=False),
+    sa.Column("lease", sa.Float, nullable=False),
+    sa.Column("version", sa.String(32), nullable=False),
+    sa.Column("beat", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("beat_at", Moment, nullable=False),
+    sa.Column("suspected_beat", sa.BigInteger),
+    sa.Column("suspected_at", Moment),
+    sa.Column("started_at", Moment, nullable=False),
+    sa.Column("stopped_at", Moment),
+    sa.Column("lost_at", Moment),
+    sa.Column("lost_by", sa.String(16)),
+    sa.CheckConstraint("kind IN ('worker', 'client')", name="kind"),
+    sa.CheckConstraint("(suspected_beat IS NULL) = (suspected_at IS NULL)", name="suspicion"),
+    sa.CheckConstraint("(lost_by IS NULL) = (lost_at IS NULL)", name="loss"),
+    sa.Index("batchtrack_worker_alive", "hostname", **_where("stopped_at IS NULL AND lost_at IS NULL")),
+)
+
+batch = sa.Table(
+    "batchtrack_batch",
+    metadata,
+    sa.Column("id", Identifier, primary_key=True),
+    sa.Column("name", sa.String(255), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("reason", sa.String(16)),
+    sa.Column("round", sa.SmallInteger, nullable=False, server_default="1"),
+    sa.Column("parent_task_id", sa.String(255)),
+    sa.Column("parent_task", sa.String(255)),
+    sa.Column("root_id", sa.String(255)),
+    sa.Column("options", Json, nullable=False),
+    sa.Column("callbacks", sa.Text, nullable=False),
+    sa.Column("headers", sa.Text),
+    sa.Column("start_now", sa.Boolean, nullable=False),
+    sa.Column("watch_failure", sa.Boolean, nullable=False),  # has on_first_failure callbacks
+    sa.Column("shards", sa.SmallInteger, nullable=False),
+    sa.Column("opened_by", Identifier),
+    sa.Column("next_position", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("sealed_at", Moment),
+    sa.Column("paused_at", Moment),
+    sa.Column("started_at", Moment),
+    sa.Column("finished_at", Moment),
+    sa.CheckConstraint(_one_of("status", BatchStatus), name="status"),
+    sa.CheckConstraint("(status IN ('open', 'running')) = (finished_at IS NULL)", name="finished"),
+    sa.CheckConstraint("status <> 'running' OR sealed_at IS NOT NULL", name="sealed"),
+    sa.CheckConstraint("status <> 'open' OR sealed_at IS NULL", name="unsealed"),
+    sa.CheckConstraint("(status = 'cancelled') = (reason IS NOT NULL)", name="reason"),
+    sa.Index("batchtrack_batch_alive", "status", **_where("status IN ('open', 'running')")),
+    sa.Index("batchtrack_batch_created", "created_at"),
+)
+
+child = sa.Table(
+    "batchtrack_child",
+    metadata,
+    sa.Column("batch_id", Identifier, nullable=False),
+    sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("ordinal", sa.SmallInteger, nullable=False, server_default="0"),
+    sa.Column("round", sa.SmallInteger, nullable=False, server_default="1"),
+    sa.Column("shard", sa.SmallInteger, nullable=False),
+    sa.Column("task", sa.String(255), nullable=False),
+    sa.Column("task_id", sa.String(255), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("cause", sa.String(32)),
+    sa.Column("verdict", sa.String(16)),
+    sa.Column("attempt", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("run_token", Identifier),
+    sa.Column("crashes", sa.SmallInteger, nullable=False, server_default="0"),
+    sa.Column("retries", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("dispatches", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("link", sa.SmallInteger, nullable=False, server_default="0"),
+    sa.Column("waits_on_batch", Identifier),
+    sa.Column("split_from", sa.BigInteger),
+    sa.Column("policy", Json),
+    sa.Column("items", Json),
+    sa.Column("item_count", sa.Integer, nullable=False, server_default="1"),
+    sa.Column("signature", sa.Text),
+    sa.Column("result", sa.Text),
+    sa.Column("worker_id", Identifier),
+    sa.Column("slot", sa.String(96)),
+    sa.Column("queue", sa.String(255)),
+    sa.Column("dispatched_at", Moment),
+    sa.Column("not_before", Moment),
+    sa.Column("expires_at", Moment),
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Column("started_at", Moment),
+    sa.Column("finished_at", Moment),
+    sa.PrimaryKeyConstraint("batch_id", "position"),
+    sa.ForeignKeyConstraint(["batch_id"], ["batchtrack_batch.id"], ondelete="CASCADE"),
+    sa.CheckConstraint(_one_of("status", Status), name="status"),
+    sa.CheckConstraint(_one_of("kind", (Kind.CHILD, *CALLBACK_KINDS)), name="kind"),
+    sa.CheckConstraint(f"verdict IS NULL OR {_one_of('verdict', Verdict)}", name="verdict"),
+    sa.CheckConstraint("status <> 'pending' OR (worker_id IS NULL AND slot IS NULL)", name="pending"),
+    sa.CheckConstraint(
+        "status <> 'running' OR (worker_id IS NOT NULL AND slot IS NOT NULL AND run_token IS NOT NULL"
+        " AND started_at IS NOT NULL)",
+        name="running",
+    ),
+    sa.CheckConstraint(f"({_OPEN}) = (finished_at IS NULL)", name="finished"),
+    sa.CheckConstraint("status <> 'completed' OR cause IS NULL", name="cause"),
+    sa.CheckConstraint("item_count >= 0 AND attempt >= 0", name="counts"),
+    # Once per batch, round and kind.
+    sa.Index(
+        "batchtrack_child_callback", "batch_id", "round", "kind", "ordinal", unique=True,
+        **_where("kind <> 'child'"),
+    ),
+    # One slot of one worker runs at most one child.
+    sa.Index("batchtrack_child_slot", "worker_id", "slot", unique=True, **_where("status = 'running'")),
+    sa.Index("batchtrack_child_open", "batch_id", "status", **_where(_OPEN)),
+    sa.Index("batchtrack_child_due", "dispatched_at", **_where("status = 'pending'")),
+)  # fmt: skip
+
+tally = sa.Table(
+    "batchtrack_tally",
+    metadata,
+    sa.Column("batch_id", Identifier, nullable=False),
+    sa.Column("shard", sa.SmallInteger, nullable=False),
+    *(
+        sa.Column(prefix + name, sa.BigInteger, nullable=False, server_default="0")
+        for prefix in ("", "items_")
+        for name in ("total", "completed", "failed", "crashed", "cancelled")
+    ),
+    sa.PrimaryKeyConstraint("batch_id", "shard"),
+    sa.ForeignKeyConstraint(["batch_id"], ["batchtrack_batch.id"], ondelete="CASCADE"),
+    postgresql_with={"fillfactor": "50"},  # room for in-page updates: a tally row is rewritten all the time
+)
+
+incident = sa.Table(
+    "batchtrack_incident",
+    metadata,
+    sa.Column("id", Identifier, primary_key=True),
+    sa.Column("batch_id", Identifier, nullable=False),
+    sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("run_token", Identifier),
+    sa.Column("outcome", sa.String(16), nullable=False),
+    sa.Column("cause", sa.String(32), nullable=False),
+    sa.Column("phase", sa.String(16), nullable=False),
+    sa.Column("signal", sa.String(16)),
+    sa.Column("exit_code", sa.Integer),
+    sa.Column("message", sa.Text),
+    sa.Column("traceback", sa.Text),
+    sa.Column("hostname", sa.String(255)),
+    sa.Column("worker", sa.String(255)),
+    sa.Column("pid", sa.BigInteger),
+    sa.Column("detected_by", sa.String(16)),
+    sa.Column("verdict", sa.String(16)),
+    sa.Column("died_at", Moment),
+    sa.Column("detected_at", Moment, nullable=False),
+    sa.Column("overturned_at", Moment),
+    sa.ForeignKeyConstraint(
+        ["batch_id", "position"], ["batchtrack_child.batch_id", "batchtrack_child.position"], ondelete="CASCADE",
+        name="fk_batchtrack_incident_child",
+    ),
+    sa.Index("batchtrack_incident_child", "batch_id", "position"),
+    sa.Index("batchtrack_incident_detected", "detected_at"),
+)  # fmt: skip
+
+__all__ = ["Json", "batch", "child", "incident", "meta", "metadata", "now", "tally", "worker"]

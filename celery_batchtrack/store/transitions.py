@@ -1,0 +1,108 @@
+"""The one place that writes `status`: a transition becomes one guarded UPDATE."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from ..vocabulary.states import BatchStatus, BatchTransition, Kind, Status, Transition
+from .clock import now
+from .schema import batch, child, tally
+
+#: Columns that a transition needs from the rows it changed, to move the tally.
+MOVED = (child.c.shard, child.c.kind, child.c.item_count)
+
+_COUNTED = (Status.COMPLETED, Status.FAILED, Status.CRASHED, Status.CANCELLED)
+
+
+def change(transition: Transition, *guards: sa.ColumnElement[bool], **values: Any) -> sa.Update:
+    """UPDATE of the children that `guards` select and whose state allows `transition`."""
+    settled: dict[str, Any] = {"status": transition.target.value}
+    if transition.settles:
+        settled["finished_at"] = now()
+    elif transition.target is Status.PENDING:
+        settled.update(worker_id=None, slot=None, started_at=None, finished_at=None)
+    allowed = [source.value for source in transition.sources]
+    state = child.c.status == allowed[0] if len(allowed) == 1 else child.c.status.in_(allowed)
+    return sa.update(child).where(*guards, state).values({**settled, **values})
+
+
+def change_batch(
+    transition: BatchTransition, target: BatchStatus, *guards: sa.ColumnElement[bool], **values: Any
+) -> sa.Update:
+    """UPDATE of the batches that `guards` select and whose state allows `transition` to `target`."""
+    if target not in transition.targets:
+        raise ValueError(f"{transition.name} does not lead to {target}")
+    ended = {"finished_at": now()} if target not in (BatchStatus.OPEN, BatchStatus.RUNNING) else {}
+    allowed = [source.value for source in transition.sources]
+    return (
+        sa.update(batch)
+        .where(*guards, batch.c.status.in_(allowed))
+        .values({"status": target.value, **ended, **values})
+    )
+
+
+def counted(source: Status | None, target: Status, items: Any, count: Any = 1) -> dict[str, Any]:
+    """Tally columns that change when a child goes from `source` to `target` (open states count nowhere)."""
+    values: dict[str, Any] = {}
+    for state, sign in ((source, -1), (target, 1)):
+        if state in _COUNTED:
+            values[state.value] = tally.c[state.value] + sign * count
+            values[f"items_{state.value}"] = tally.c[f"items_{state.value}"] + sign * items
+    return values
+
+
+#: How many children of the shard are still open, after the change.
+OPEN_IN_SHARD = (
+    tally.c.total - tally.c.completed - tally.c.failed - tally.c.crashed - tally.c.cancelled
+).label("open")
+
+
+def move(
+    connection: sa.Connection, batch_id: Any, rows: Iterable[Sequence[Any]], source: Status | None, target: Status
+) -> bool:
+    """Move the tally for `rows` (shard, kind, item_count) of one batch, shards in order.
+
+    Answers whether a shard has nothing open any more: then the batch may be over.
+    """
+    sums: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    for shard, kind, item_count, *_ in rows:
+        if kind == Kind.CHILD:
+            sums[shard][0] += 1
+            sums[shard][1] += item_count
+    emptied = False
+    for shard in sorted(sums):
+        count, items = sums[shard]
+        left = connection.execute(
+            sa.update(tally)
+            .where(tally.c.batch_id == batch_id, tally.c.shard == shard)
+            .values(counted(source, target, items, count))
+            .returning(OPEN_IN_SHARD)
+        ).scalar_one()
+        emptied |= left == 0
+    return emptied
+
+
+def settle_and_count(settle: sa.Update, target: Status) -> sa.Select[Any]:
+    """PostgreSQL: a settle of one running child and its tally shard in one statement.
+
+    Returns (kind, open): no row where the guard lost; `open` is None for a callback's row.
+    """
+    settled = settle.returning(child.c.batch_id, *MOVED).cte("settled")
+    moved = (
+        sa.update(tally)
+        .where(
+            tally.c.batch_id == settled.c.batch_id,
+            tally.c.shard == settled.c.shard,
+            settled.c.kind == Kind.CHILD.value,
+        )
+        .values(counted(None, target, settled.c.item_count))
+        .returning(OPEN_IN_SHARD)
+        .cte("moved")
+    )
+    return sa.select(settled.c.kind, moved.c.open).select_from(
+        settled.outerjoin(moved, sa.true())
+    )

@@ -1,0 +1,111 @@
+"""What happened, as values. Behaviour emits them after the commit; one subscriber logs, another counts."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+from .ids import ChildKey
+from .records import Evidence
+from .states import Status
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSettled:
+    key: ChildKey
+    task: str
+    status: Status
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChildCrashed:
+    """A death was recorded. `runs_again` says that the child gets another attempt."""
+
+    key: ChildKey
+    task: str
+    attempt: int
+    evidence: Evidence
+    runs_again: bool
+    items: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictOverturned:
+    """A child that was taken for dead by its lease alone reported its end after all."""
+
+    key: ChildKey
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class LateWrite:
+    key: ChildKey
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class BatchEnded:
+    batch_id: uuid.UUID
+    name: str
+    status: str
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Redispatched:
+    """Rows that were still pending after a long wait were published again."""
+
+    batch_id: uuid.UUID
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishFailed:
+    key: ChildKey
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    worker_id: uuid.UUID
+    name: str
+    hostname: str
+    pid: int
+    detected_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRefused:
+    key: ChildKey
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseAway:
+    """A write had to wait for the database. `spooled` says that it is safe on disk meanwhile."""
+
+    key: ChildKey
+    doing: str
+    error: str
+    spooled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolDelivered:
+    key: ChildKey
+    written: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ZombieTerminated:
+    key: ChildKey
+    pid: int
+    reason: str
+
+
+Event = (
+    ChildSettled | ChildCrashed | VerdictOverturned | LateWrite | BatchEnded | Redispatched | PublishFailed
+    | WorkerLost | ClaimRefused | DatabaseAway | SpoolDelivered | ZombieTerminated
+)  # fmt: skip

@@ -1,0 +1,90 @@
+"""Identifiers: time-ordered batch ids, run tokens, and the ticket a message carries."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+#: Name of the message header that carries a `Ticket`.
+HEADER = "batchtrack"
+
+
+def uuid7() -> uuid.UUID:
+    """A time-ordered UUID (RFC 9562, version 7): 48 bits of Unix milliseconds, 74 random bits.
+
+    Only the order and uniqueness of ids rest on this clock; it is never compared with a time stamp.
+    """
+    milliseconds = time.time_ns() // 1_000_000
+    random = int.from_bytes(os.urandom(10), "big")
+    value = (milliseconds & (1 << 48) - 1) << 80
+    value |= 0x7 << 76 | (random >> 68 & 0xFFF) << 64
+    value |= 0b10 << 62 | random & (1 << 62) - 1
+    return uuid.UUID(int=value)
+
+
+def new_token() -> uuid.UUID:
+    """A run token: unique per claim, the fence of every later write of that run."""
+    return uuid.uuid4()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ChildKey:
+    """Primary key of a child: its batch, and its 0-based position in it."""
+
+    batch_id: uuid.UUID
+    position: int
+
+    def __str__(self) -> str:
+        return f"{self.batch_id}#{self.position}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What a message says of the row it belongs to.
+
+    `attempt` is the row's at the time of publishing: a message belongs to one stage of its
+    row's life, so that a delayed, doubled or stale one no longer fits and is dropped.
+    """
+
+    store_id: uuid.UUID
+    key: ChildKey
+    attempt: int
+    #: Kind of the row (`child` or a callback's), so that a worker can bind an errback's arguments.
+    kind: str = "child"
+    #: For Celery errbacks: id of the body, and the text of the error that kept it from running.
+    errback: tuple[str, str] | None = None
+
+    def as_header(self) -> dict[str, Any]:
+        """The JSON form that travels in the message header `HEADER`."""
+        header: dict[str, Any] = {
+            "store": str(self.store_id),
+            "batch": str(self.key.batch_id),
+            "position": self.key.position,
+            "attempt": self.attempt,
+        }
+        if self.kind != "child":
+            header["kind"] = self.kind
+        if self.errback:
+            header["errback"] = list(self.errback)
+        return header
+
+    @classmethod
+    def from_header(cls, header: Any) -> Ticket | None:
+        """The ticket in a message's header, or None where there is none or it is not ours."""
+        if not isinstance(header, Mapping):
+            return None
+        try:
+            errback = header.get("errback")
+            return cls(
+                store_id=uuid.UUID(header["store"]),
+                key=ChildKey(uuid.UUID(header["batch"]), int(header["position"])),
+                attempt=int(header["attempt"]),
+                kind=str(header.get("kind", "child")),
+                errback=(str(errback[0]), str(errback[1])) if errback else None,
+            )
+        except (KeyError, ValueError, TypeError, AttributeError):
+            return None

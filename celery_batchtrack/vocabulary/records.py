@@ -1,0 +1,397 @@
+"""What the store hands out and takes in: plain values, formatted only at the surfaces."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+
+from .ids import ChildKey
+from .states import BATCH_ENDED, Cause, Detector, Kind, Status, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class NewChild:
+    """A child to be inserted, with its position assigned by the store."""
+
+    task: str
+    task_id: str
+    signature: str  # JSON
+    items: tuple[str, ...] = ()
+    item_count: int = 1  # a child without items is one item
+    queue: str | None = None
+    #: Seconds from now (database clock) before which it is not to run, or an absolute time.
+    countdown: float | None = None
+    eta: datetime | None = None
+    #: Seconds from now after which it is not to start, or an absolute time.
+    expires_in: float | None = None
+    expires_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewBatch:
+    """A batch to be inserted."""
+
+    id: uuid.UUID
+    name: str
+    callbacks: str  # JSON: {kind: [{"task_id", "signature", "errback"}, …]}
+    options: dict[str, Any]
+    headers: str | None = None  # JSON: captured headers, the same for all children
+    start_now: bool = False
+    shards: int = 16
+    parent_task_id: str | None = None
+    parent_task: str | None = None
+    root_id: str | None = None
+    opened_by: uuid.UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """A row of ``batchtrack_batch``."""
+
+    id: uuid.UUID
+    name: str
+    status: str
+    reason: str | None
+    round: int
+    parent_task_id: str | None
+    parent_task: str | None
+    root_id: str | None
+    options: dict[str, Any]
+    callbacks: str
+    headers: str | None
+    start_now: bool
+    shards: int
+    opened_by: uuid.UUID | None
+    next_position: int
+    created_at: datetime
+    sealed_at: datetime | None
+    paused_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @property
+    def ended(self) -> bool:
+        return self.status in BATCH_ENDED
+
+
+@dataclass(frozen=True, slots=True)
+class ChildRow:
+    """A row of ``batchtrack_child``. `items` are the identifiers; `signature` and `result` are JSON."""
+
+    batch_id: uuid.UUID
+    position: int
+    kind: str
+    ordinal: int
+    round: int
+    shard: int
+    task: str
+    task_id: str
+    status: str
+    cause: str | None
+    verdict: str | None
+    attempt: int
+    run_token: uuid.UUID | None
+    crashes: int
+    retries: int
+    dispatches: int
+    policy: dict[str, Any] | None
+    items: list[str]
+    item_count: int
+    signature: str | None
+    result: str | None
+    worker_id: uuid.UUID | None
+    slot: str | None
+    queue: str | None
+    dispatched_at: datetime | None
+    not_before: datetime | None
+    expires_at: datetime | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @property
+    def key(self) -> ChildKey:
+        return ChildKey(self.batch_id, self.position)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of an attempt that did not complete. Only the unhappy path makes one."""
+
+    cause: Cause
+    phase: str = "running"  # before_claim | running
+    signal: str | None = None
+    exit_code: int | None = None
+    message: str | None = None
+    traceback: str | None = None
+    hostname: str | None = None
+    worker: str | None = None
+    pid: int | None = None
+    detected_by: Detector | None = None
+    died_at: datetime | None = None  # None: the database's clock at the time of writing
+
+
+@dataclass(frozen=True, slots=True)
+class IncidentRow:
+    """A row of ``batchtrack_incident``, with its child's identifiers."""
+
+    id: uuid.UUID
+    batch_id: uuid.UUID
+    position: int
+    task: str
+    task_id: str
+    attempt: int
+    outcome: str  # what became of the row: its status, or `late_write`
+    cause: str
+    phase: str
+    items: list[str]
+    signal: str | None
+    exit_code: int | None
+    message: str | None
+    traceback: str | None
+    hostname: str | None
+    worker: str | None
+    pid: int | None
+    detected_by: str | None
+    verdict: str | None
+    died_at: datetime | None
+    detected_at: datetime
+    overturned_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class HostIdentity:
+    """Which kernel and pid namespace a process lives in; None where it cannot be read."""
+
+    hostname: str
+    boot_id: str | None
+    pid_namespace: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewWorker:
+    """One boot of a worker's main process (`worker`), or of a client process (`client`)."""
+
+    id: uuid.UUID
+    kind: str
+    name: str
+    host: HostIdentity
+    pid: int
+    pid_started: int | None
+    pool: str
+    lease: float  # seconds
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """A row of ``batchtrack_worker``."""
+
+    id: uuid.UUID
+    kind: str
+    name: str
+    hostname: str
+    boot_id: str | None
+    pid_namespace: str | None
+    pid: int
+    pid_started: int | None
+    pool: str
+    lease: float
+    version: str
+    beat: int
+    beat_at: datetime
+    suspected_beat: int | None
+    suspected_at: datetime | None
+    started_at: datetime
+    stopped_at: datetime | None
+    lost_at: datetime | None
+    lost_by: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A won claim. `attempt` is the new one."""
+
+    key: ChildKey
+    attempt: int
+    token: uuid.UUID
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A lost claim, with the reason in words. `expired` means the row may be withdrawn."""
+
+    reason: str
+    gone: bool = False
+    expired: bool = False
+    wait: bool = False  # not lost: the worker is not registered (yet)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Answer of a settle. `look` says that the batch may be over: run the finish check."""
+
+    written: bool
+    look: bool = False
+    late: bool = False
+    overturned: bool = False
+    callbacks: bool = False  # a callback row was inserted: dispatch
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended, as the run itself reports it. `result` is JSON."""
+
+    status: Status
+    result: str | None = None
+    cause: Cause | None = None
+    evidence: Evidence | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A run that gives its row back: Celery's retry, or `Reject(requeue=True)`.
+
+    `sent`: Celery has already published the message for the next attempt.
+    """
+
+    countdown: float | None = None
+    eta: datetime | None = None
+    retries: int | None = None
+    signature: str | None = None
+    sent: bool = False
+    evidence: Evidence | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A row that was taken for publishing."""
+
+    child: ChildRow
+    batch: BatchRow
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Counts of a batch at one moment, by children and by items. Always adds up to `total`.
+
+    `percent` is whole: floor(100 × settled items / items), at most 99 before the end, 100 after.
+    `rate` is settled items per second of database time since `started_at`; `eta` is seconds,
+    linear; both None while nothing is settled.
+    """
+
+    batch_id: uuid.UUID
+    name: str
+    status: str
+    round: int
+    total: int
+    pending: int
+    running: int
+    completed: int
+    failed: int
+    crashed: int
+    cancelled: int
+    items_total: int
+    items_completed: int
+    items_failed: int
+    items_crashed: int
+    items_cancelled: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    seconds: float | None  # database time since started_at, until finished_at
+
+    @property
+    def ended(self) -> bool:
+        return self.status in BATCH_ENDED
+
+    @property
+    def items_settled(self) -> int:
+        return self.items_completed + self.items_failed + self.items_crashed + self.items_cancelled
+
+    @property
+    def percent(self) -> int:
+        if self.ended:
+            return 100
+        if not self.items_total:
+            return 0
+        return min(99, 100 * self.items_settled // self.items_total)
+
+    @property
+    def rate(self) -> float | None:
+        if not self.items_settled or not self.seconds:
+            return None
+        return self.items_settled / self.seconds
+
+    @property
+    def eta(self) -> float | None:
+        if self.ended:
+            return 0.0
+        return None if self.rate is None else (self.items_total - self.items_settled) / self.rate
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields and derived figures, JSON-able (ids and times as strings)."""
+        values = asdict(self)
+        values.update(
+            id=str(self.batch_id), batch_id=str(self.batch_id),
+            progress_percent=self.percent, percent=self.percent, rate=self.rate, eta=self.eta,
+        )  # fmt: skip
+        for name in ("created_at", "started_at", "finished_at"):
+            values[name] = isoformat(values[name])
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A running row whose owner is gone, as a detector found it."""
+
+    child: ChildRow
+    verdict: Verdict
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True)
+class CancelledRun:
+    """A run that a cancel took its row from; its process may be terminated."""
+
+    key: ChildKey
+    worker_id: uuid.UUID
+    slot: str
+    token: uuid.UUID
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A batch that ended in this very call."""
+
+    batch_id: uuid.UUID
+    name: str
+    status: str
+    reason: str | None
+    callbacks: int
+    cancelled_runs: tuple[CancelledRun, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One invariant and how many rows break it; 0 is the promise."""
+
+    check: str
+    violations: int
+    examples: Sequence[str] = field(default=())
+
+
+def is_callback(kind: str) -> bool:
+    return kind != Kind.CHILD
+
+
+def isoformat(moment: datetime | None) -> str | None:
+    """ISO 8601 in UTC with a trailing Z, microseconds always there; None stays None."""
+    if moment is None:
+        return None
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
