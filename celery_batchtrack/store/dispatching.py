@@ -16,9 +16,6 @@ from .engine import Connected
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
 from .schema import batch, child
 
-#: Redispatch waits double with every publish, up to this many seconds.
-LONGEST_WAIT = 3600.0
-
 
 def _publishable() -> sa.ColumnElement[bool]:
     """A children's batch must run (or be open with start="now"); a callback's round must be current."""
@@ -46,12 +43,12 @@ class Dispatching(Connected):
             wanted.append(child.c.batch_id == batch_id)
         return self._take(sa.and_(*wanted), limit)
 
-    def overdue(self, after: float, limit: int = 5000) -> list[tuple[str | None, float, int, ChildKey]]:
-        """Pending rows whose last publish is older than `after` seconds, doubling with each publish:
-        (queue, seconds since the publish, publishes so far, key), oldest first."""
+    def overdue(self, after: float, limit: int = 5000) -> list[tuple[str | None, str, float, int, ChildKey]]:
+        """Pending rows whose last publish is older than `after` seconds:
+        (queue, task, seconds since the publish, publishes so far, key), oldest first."""
         waited = age(child.c.dispatched_at)
         query = (
-            sa.select(child.c.queue, waited, child.c.dispatches, child.c.batch_id, child.c.position)
+            sa.select(child.c.queue, child.c.task, waited, child.c.dispatches, child.c.batch_id, child.c.position)
             .join(batch, batch.c.id == child.c.batch_id)
             .where(
                 _publishable(), child.c.dispatched_at.is_not(None), waited >= after,
@@ -62,8 +59,19 @@ class Dispatching(Connected):
         )  # fmt: skip
         with self.read() as connection:
             return [
-                (row[0], float(row[1]), row[2], ChildKey(row[3], row[4])) for row in connection.execute(query)
+                (row[0], row[1], float(row[2]), row[3], ChildKey(row[4], row[5]))
+                for row in connection.execute(query)
             ]
+
+    def expired(self, limit: int = 1000) -> list[ChildRow]:
+        """Pending rows whose time to start is over."""
+        query = (
+            sa.select(*CHILD_COLUMNS)
+            .where(child.c.status == Status.PENDING.value, child.c.expires_at <= now())
+            .limit(limit)
+        )
+        with self.read() as connection:
+            return [child_row(row) for row in connection.execute(query)]
 
     def take_again(self, keys: Iterable[ChildKey], after: float) -> list[Outgoing]:
         """Take these rows for another publish, if nobody else has published them meanwhile."""

@@ -63,7 +63,7 @@ def outcome(tolerance: Tolerance, completed: int, total: int) -> BatchStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class CrashPolicy:
+class RerunPolicy:
     """What happens to a child whose process or worker died.
 
     `process` and `worker` say whether it runs again after the death of its pool process, or of
@@ -89,7 +89,7 @@ class CrashPolicy:
         return {"on_crash": self.on_crash, "max_crashes": self.max_crashes, **flags}
 
     @classmethod
-    def from_option(cls, option: Mapping[str, Any] | None) -> CrashPolicy:
+    def from_option(cls, option: Mapping[str, Any] | None) -> RerunPolicy:
         known = {k: v for k, v in (option or {}).items() if k in cls.__slots__}
         return cls(**known)
 
@@ -97,7 +97,7 @@ class CrashPolicy:
     def resolve(
         cls, on_crash: str, max_crashes: int, *, acks_late: bool, reject_on_worker_lost: bool,
         retry_on_worker_lost: bool, acks_on_timeout: bool,
-    ) -> CrashPolicy:  # fmt: skip
+    ) -> RerunPolicy:  # fmt: skip
         """The policy of a task, from its option and what it already told Celery about acknowledging."""
         if on_crash == "retry":
             return cls("retry", True, True, True, max_crashes)
@@ -117,7 +117,7 @@ class Judgement(StrEnum):
     RUN_AGAIN = "run_again"
 
 
-def judge(policy: CrashPolicy, cause: Cause, crashes: int) -> Judgement:
+def judge(policy: RerunPolicy, cause: Cause, crashes: int) -> Judgement:
     """Decide about a child that died of `cause` after `crashes` earlier deaths."""
     if crashes + 1 >= policy.max_crashes:
         return Judgement.CRASHED

@@ -1,0 +1,121 @@
+"""Publishing rows: the first time, and again when a message seems lost.
+
+A message is only a hint to try to claim a row, so a doubled one is harmless; a flood is not.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+
+from ..vocabulary import events
+from ..vocabulary.ids import ChildKey, Ticket
+from ..vocabulary.records import ChildRow, Evidence, Outgoing
+from ..vocabulary.states import Cause, Kind, Status
+from . import report
+from .tracker import Message, NotSent, Tracker, declared_callback
+
+#: No redispatch wait grows beyond this, in seconds.
+LONGEST_WAIT = 3600.0
+
+
+def pump(tracker: Tracker, batch_id: uuid.UUID | None = None) -> int:
+    """Publish what was never published for its attempt, of one batch or of all. Returns how many.
+
+    Each chunk is stamped, committed, and only then sent: dying in between leaves stamped rows without
+    a message, which `redispatch` finds. A broker that is down ends the loop; the rows stay due.
+    """
+    sent = 0
+    chunk = tracker.settings.dispatch_chunk
+    while True:
+        taken = tracker.store.take_undispatched(batch_id, chunk)
+        failed = _send(tracker, taken)
+        sent += len(taken) - failed
+        if len(taken) < chunk or failed:
+            return sent
+
+
+def redispatch(tracker: Tracker) -> int:
+    """Publish again what has been pending for long after its last publish. Returns how many.
+
+    Long is `redispatch_after` where the queue is empty (so the message is gone, or prefetched), else
+    `redispatch_wait`; both double with every publish.
+    """
+    after = tracker.settings.redispatch_after
+    lengths: dict[str | None, int | None] = {}
+    keys: list[ChildKey] = []
+    for queue, task, waited, dispatches, key in tracker.store.overdue(after):
+        if queue not in lengths:
+            lengths[queue] = tracker.publisher.queue_length(queue, task)
+        if waited >= _patience(tracker, dispatches, empty=lengths[queue] == 0):
+            keys.append(key)
+    taken = tracker.store.take_again(keys, after)
+    failed = _send(tracker, taken)
+    for batch_id, count in Counter(each.child.batch_id for each in taken).items():
+        tracker.emit(events.Redispatched(batch_id, count))
+    return len(taken) - failed
+
+
+def _patience(tracker: Tracker, dispatches: int, *, empty: bool) -> float:
+    settings = tracker.settings
+    base = settings.redispatch_after if empty else settings.redispatch_wait
+    return min(LONGEST_WAIT, base * 2.0 ** min(20, max(0, dispatches - 1)))
+
+
+def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> int:
+    """Publish taken rows; what could not be sent is due again, or settled. Returns how many failed."""
+    if not taken:
+        return 0
+    try:
+        failures = tracker.publisher.publish([_message(tracker, each) for each in taken])
+    except BaseException:
+        tracker.store.give_back([each.child for each in taken])
+        raise
+    again = [each.message.row for each in failures if not each.final]
+    if again:
+        tracker.store.give_back(again)
+    for failure in failures:
+        _report_failure(tracker, failure)
+    return len(failures)
+
+
+def _report_failure(tracker: Tracker, failure: NotSent) -> None:
+    row = failure.message.row
+    tracker.emit(events.PublishFailed(row.key, failure.error))
+    if failure.final:
+        from . import finish
+
+        evidence = Evidence(Cause.NOT_SENT, phase="before_claim", message=failure.error)
+        settled = tracker.store.settle_unstarted(row.key, row.attempt, Status.FAILED, evidence)
+        finish.after(tracker, row.key, settled)
+
+
+def _message(tracker: Tracker, out: Outgoing) -> Message:
+    row, batch = out.child, out.batch
+    ticket = Ticket(tracker.store_id, row.key, row.attempt, row.kind)
+    if row.kind == Kind.CHILD:
+        return Message(row, batch, ticket)
+    body_id = declared_callback(batch, row).get("errback")
+    if body_id is not None:
+        ticket = Ticket(ticket.store_id, row.key, row.attempt, row.kind, (body_id, _dependency(tracker, row)))
+        return Message(row, batch, ticket, (body_id,))
+    return Message(row, batch, ticket, _callback_arguments(tracker, out))
+
+
+def _dependency(tracker: Tracker, row: ChildRow) -> str:
+    """The text of Celery's ChordError for the child that kept the body from running."""
+    task_id, message = tracker.store.first_failure(row.batch_id) or (str(row.batch_id), None)
+    return f"Dependency {task_id} raised {message or 'an unknown error'}"
+
+
+def _callback_arguments(tracker: Tracker, out: Outgoing) -> tuple[object, ...]:
+    wanted = out.batch.options.get("callback_arg", "results")
+    if out.child.kind != Kind.ON_SUCCESS:
+        wanted = "report"
+    if wanted == "nothing":
+        return ()
+    if wanted == "report":
+        return (report.build(tracker, out.child.batch_id).as_dict(),)
+    results = tracker.store.results(out.child.batch_id)
+    return ([None if text is None else tracker.codec.loads(text) for text in results],)

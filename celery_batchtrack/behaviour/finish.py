@@ -1,0 +1,62 @@
+"""Ending batches: the last settle looks, and so does every sweep."""
+
+from __future__ import annotations
+
+import uuid
+
+from ..vocabulary import events
+from ..vocabulary.ids import ChildKey
+from ..vocabulary.records import Finished, Settled
+from ..vocabulary.states import EndReason
+from . import dispatch
+from .tracker import Tracker
+
+
+def after(tracker: Tracker, key: ChildKey, settled: Settled) -> None:
+    """What follows a settle's commit: the finish check, and callbacks that became due."""
+    if settled.look and look(tracker, key.batch_id):
+        return
+    if settled.callbacks:
+        dispatch.pump(tracker, key.batch_id)
+
+
+def look(tracker: Tracker, batch_id: uuid.UUID) -> Finished | None:
+    """End the batch if nothing of it is open, and publish its callbacks."""
+    finished = tracker.store.finish(batch_id)
+    if finished is not None:
+        _announce(tracker, finished)
+    return finished
+
+
+def seal(tracker: Tracker, batch_id: uuid.UUID) -> bool:
+    """No more children: dispatch starts. A batch without children ends at once."""
+    if not tracker.store.seal(batch_id):
+        return False
+    started(tracker, batch_id)
+    return True
+
+
+def started(tracker: Tracker, batch_id: uuid.UUID) -> None:
+    """What follows the seal's commit."""
+    if look(tracker, batch_id) is None:
+        dispatch.pump(tracker, batch_id)
+
+
+def cancel(
+    tracker: Tracker, batch_id: uuid.UUID, reason: EndReason = EndReason.USER, *, terminate: bool = True
+) -> Finished | None:
+    """End the batch now: pending children never start; running ones lose their rows and, with
+    `terminate`, their processes (prefork). None if it had ended already."""
+    finished = tracker.store.cancel(batch_id, reason)
+    if finished is None:
+        return None
+    _announce(tracker, finished)
+    if terminate and finished.cancelled_runs:
+        tracker.publisher.terminate([run.task_id for run in finished.cancelled_runs])
+    return finished
+
+
+def _announce(tracker: Tracker, finished: Finished) -> None:
+    tracker.emit(events.BatchEnded(finished.batch_id, finished.name, finished.status, finished.reason))
+    if finished.callbacks:
+        dispatch.pump(tracker, finished.batch_id)

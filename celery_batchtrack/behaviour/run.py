@@ -1,0 +1,198 @@
+"""A run in its own process: claim → (the user's function) → settle or release → finish check."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .. import errors
+from ..store import SlotTaken
+from ..vocabulary import events
+from ..vocabulary.ids import Ticket, new_token
+from ..vocabulary.records import Claimed, Ending, Evidence, Refused, Release, Settled
+from ..vocabulary.states import Cause, Detector, Status, Verdict
+from . import blackbox, dispatch, finish, recovery, spool
+from .blackbox import Boxes, Page, Phase
+from .identity import WorkerIdentity
+from .tracker import Tracker
+
+T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """One claimed attempt in this process."""
+
+    ticket: Ticket
+    claimed: Claimed
+    slot: str
+    page: Page
+    task: str
+
+    @property
+    def attempt(self) -> int:
+        return self.claimed.attempt
+
+
+@dataclass
+class Runner:
+    """Runs children in the slots of this process, for one worker (or client) identity."""
+
+    tracker: Tracker
+    worker: WorkerIdentity
+    boxes: Boxes
+    pause: Callable[[float], None] = time.sleep
+
+    # -- claim -----------------------------------------------------------------------------------
+
+    def claim(
+        self, ticket: Ticket, task: str, policy: dict[str, Any] | None, depth: int = 0
+    ) -> Run | Refused:
+        """Try to make the message's row this slot's own. Waits for a database that is away, for
+        `claim_timeout` at most; the row is pending all the while."""
+        slot = blackbox.slot_name(depth)
+        page = self.boxes.page(slot)
+        token = new_token()
+        page.enter(ticket.key, token)
+        waits = _delays(self.tracker.settings.claim_timeout)
+        while True:
+            try:
+                answer = self._try(ticket, token, slot, policy)
+            except errors.DatabaseUnavailable as error:
+                answer = Refused(str(error), wait=True)
+            if isinstance(answer, Claimed):
+                page.phase(Phase.RUNNING)
+                return Run(ticket, answer, slot, page, task)
+            delay = next(waits, None) if answer.wait else None
+            if delay is None:
+                return self._refused(ticket, page, answer)
+            self.tracker.emit(events.DatabaseAway(ticket.key, "claim", answer.reason))
+            self.pause(delay)
+
+    def _try(self, ticket: Ticket, token: Any, slot: str, policy: Any) -> Claimed | Refused:
+        store = self.tracker.store
+        for _ in range(3):
+            try:
+                return store.claim(ticket.key, ticket.attempt, token, self.worker.id, slot, policy)
+            except SlotTaken:
+                self._vacate(slot)
+        return Refused(f"slot {slot} could not be vacated", wait=True)
+
+    def _vacate(self, slot: str) -> None:
+        """This slot claims anew, so its former child is over: what it spooled is its end, or none was kept."""
+        deliver_spool(self.tracker, self.boxes, lambda spooled: spooled.slot == slot)
+        for row in self.tracker.store.running_of(self.worker.id, slot):
+            if row.slot == slot:
+                evidence = self.worker.evidence(
+                    Cause.SETTLE_LOST, slot, Detector.RECONCILE,
+                    message="its process took the next child without having reported this one's end",
+                )  # fmt: skip
+                recovery.run_died(self.tracker, row, evidence, Verdict.OBSERVED)
+
+    def _refused(self, ticket: Ticket, page: Page, answer: Refused) -> Refused:
+        if answer.wait:
+            page.phase(Phase.GAVE_UP)  # the claim may have committed all the same
+        else:
+            page.clear()
+        if answer.expired:
+            expire(self.tracker, ticket)
+        self.tracker.emit(events.ClaimRefused(ticket.key, ticket.attempt, answer.reason))
+        return answer
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def settle(self, run: Run, ending: Ending) -> Settled:
+        """Write the run's end, its count included, before the task is over."""
+        run.page.phase(Phase.SETTLING)
+        settled = self._delivered(run, ending)
+        run.page.clear()
+        tracker, key = self.tracker, run.ticket.key
+        if settled.overturned:
+            tracker.emit(events.VerdictOverturned(key, ending.status))
+        if settled.late:
+            tracker.emit(events.LateWrite(key, ending.status))
+        elif settled.written:
+            tracker.emit(events.ChildSettled(key, run.task, ending.status, run.attempt))
+        _best_effort(tracker, run, lambda: finish.after(tracker, key, settled))
+        return settled
+
+    def _delivered(self, run: Run, ending: Ending) -> Settled:
+        """Settle; while the database is away the outcome lies on disk, and the slot waits."""
+        key, token = run.ticket.key, run.claimed.token
+        path = None
+        waits = _delays(None)
+        while True:
+            try:
+                settled = self.tracker.store.settle(key, token, ending)
+            except errors.DatabaseUnavailable as error:
+                if path is None and self.boxes.folder is not None:
+                    spooled = spool.Spooled(key, token, run.slot, ending)
+                    path = spool.write(self.boxes.folder, spooled)
+                    self.tracker.emit(events.DatabaseAway(key, "settle", str(error), spooled=True))
+                self.pause(next(waits) or 0.0)
+            else:
+                if path is not None:
+                    path.unlink(missing_ok=True)
+                return settled
+
+    def release(self, run: Run, how: Release) -> None:
+        """Give the row back for another attempt (Celery's retry, `Reject(requeue=True)`)."""
+        run.page.phase(Phase.SETTLING)
+        waits = _delays(None)
+        while True:
+            try:
+                self.tracker.store.release(run.ticket.key, run.claimed.token, how)
+            except errors.DatabaseUnavailable as error:
+                self.tracker.emit(events.DatabaseAway(run.ticket.key, "release", str(error)))
+                self.pause(next(waits) or 0.0)
+            else:
+                break
+        run.page.clear()
+        _best_effort(
+            self.tracker, run, lambda: dispatch.pump(self.tracker, run.ticket.key.batch_id)
+        )
+
+
+def expire(tracker: Tracker, ticket: Ticket) -> None:
+    """Withdraw a row whose time to start is over."""
+    evidence = Evidence(Cause.EXPIRED, phase="before_claim", message="expired before it started")
+    settled = tracker.store.settle_unstarted(ticket.key, ticket.attempt, Status.CANCELLED, evidence)
+    finish.after(tracker, ticket.key, settled)
+
+
+def deliver_spool(
+    tracker: Tracker, boxes: Boxes, wanted: Callable[[spool.Spooled], bool] = lambda spooled: True
+) -> int:
+    """Write spooled ends of this worker boot's runs. Returns how many were delivered."""
+    delivered = 0
+    if boxes.folder is None:
+        return 0
+    for path, spooled in spool.read_all(boxes.folder):
+        if not wanted(spooled):
+            continue
+        settled = tracker.store.settle(spooled.key, spooled.token, spooled.ending)
+        path.unlink(missing_ok=True)
+        tracker.emit(events.SpoolDelivered(spooled.key, settled.written))
+        finish.after(tracker, spooled.key, settled)
+        delivered += 1
+    return delivered
+
+
+def _best_effort(tracker: Tracker, run: Run, follow: Callable[[], object]) -> None:
+    """What follows a commit is also done by every sweep: a database or broker that is away here
+    must not turn a settled child into a failed task."""
+    try:
+        follow()
+    except errors.DatabaseUnavailable as error:
+        tracker.emit(events.DatabaseAway(run.ticket.key, "finish check", str(error)))
+
+
+def _delays(limit: float | None) -> Iterator[float]:
+    """Pauses of 0.05 s, doubling up to 2 s, until their sum passes `limit` seconds (None: for ever)."""
+    delay, total = 0.05, 0.0
+    while limit is None or total < limit:
+        yield delay
+        total += delay
+        delay = min(2.0, delay * 2)

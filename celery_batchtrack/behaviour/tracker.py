@@ -1,0 +1,80 @@
+"""What every behaviour needs, in one place: the store, the settings, a way to publish and to tell."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..store import Store
+from ..vocabulary import events
+from ..vocabulary.ids import Ticket
+from ..vocabulary.records import BatchRow, ChildRow
+from ..vocabulary.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A row to be published. `prefix` are arguments put before the signature's own (never to immutable ones)."""
+
+    row: ChildRow
+    batch: BatchRow
+    ticket: Ticket
+    prefix: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NotSent:
+    """A message that was not published. `final`: trying again is pointless."""
+
+    message: Message
+    error: str
+    final: bool = False
+
+
+class Publisher(Protocol):
+    """Sends messages to the broker; the only thing behaviour knows of it."""
+
+    def publish(self, messages: Sequence[Message]) -> list[NotSent]:
+        """Send in order; answers those that were not sent. Never raises for a broker that is down."""
+
+    def queue_length(self, queue: str | None, task: str) -> int | None:
+        """Messages ready in a queue, or None where that cannot be known."""
+
+    def terminate(self, task_ids: Sequence[str]) -> None:
+        """Ask all workers to terminate these tasks' processes. Best effort."""
+
+
+class Codec(Protocol):
+    """JSON of arguments and results (datetime, Decimal and UUID survive)."""
+
+    def dumps(self, value: Any) -> str: ...
+
+    def loads(self, text: str) -> Any: ...
+
+
+def _nobody(event: events.Event) -> None:
+    return None
+
+
+@dataclass
+class Tracker:
+    """The parts of one application's tracking, handed to every behaviour."""
+
+    store: Store
+    settings: Settings
+    publisher: Publisher
+    codec: Codec
+    emit: Callable[[events.Event], None] = field(default=_nobody)
+
+    @property
+    def store_id(self) -> uuid.UUID:
+        return self.store.store_id
+
+
+def declared_callback(batch: BatchRow, row: ChildRow) -> dict[str, Any]:
+    """What the batch declared for a callback's row."""
+    declared: dict[str, list[dict[str, Any]]] = json.loads(batch.callbacks)
+    return declared[row.kind][row.ordinal]

@@ -1,0 +1,226 @@
+"""The threads of a worker's main process: the pulse, and the attendant that does everything else.
+
+Both are native threads: Celery's timers stop in a broker outage, and the hub must never wait for a
+database. The pulse only beats, so that nothing slow can make a living worker look dead.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from .. import __version__, errors
+from ..behaviour import detector, finish, run
+from ..behaviour.blackbox import Boxes
+from ..behaviour.detector import Death, Reconciler, Sweeper
+from ..behaviour.identity import WorkerIdentity
+from ..behaviour.tracker import Tracker
+from ..vocabulary.ids import Ticket
+from ..vocabulary.records import Evidence, Settled
+from ..vocabulary.states import Cause, Status
+
+logger = logging.getLogger("celery_batchtrack")
+
+Job = Callable[[], object]
+
+
+class Pulse:
+    """Beats every `heartbeat` seconds until stopped; registers the worker's row first, as often as needed."""
+
+    def __init__(self, tracker: Tracker, worker: WorkerIdentity) -> None:
+        settings = tracker.settings
+        shared = worker.kind == "client" or worker.pool != "prefork"
+        self.tracker, self.worker = tracker, worker
+        self.lease = settings.lease_shared_gil if shared else settings.lease
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._away = False
+
+    def register(self) -> None:
+        """Insert the worker's row. Raises where the database cannot be used."""
+        self.tracker.store.register(self.worker.as_new_worker(self.lease, __version__))
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="batchtrack-pulse", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.tracker.settings.heartbeat):
+            self.beat()
+
+    def beat(self) -> None:
+        """One beat. A database that is away is reported once, and once when it is back."""
+        try:
+            if not self.tracker.store.beat(self.worker.id):
+                self.register()
+        except errors.BatchTrackError as error:
+            if not self._away:
+                logger.error("action=pulse_lost %s cannot beat: %s", self.worker.name, error)
+            self._away = True
+        except Exception:
+            logger.exception("action=pulse_failed %s", self.worker.name)
+        else:
+            if self._away:
+                logger.warning("action=pulse_back %s beats again", self.worker.name)
+            self._away = False
+
+    def stop(self, *, write: bool = True) -> None:
+        """End the pulse; with `write`, say in the database that this worker ended in order."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
+        if write:
+            try:
+                self.tracker.store.stop(self.worker.id)
+            except errors.BatchTrackError as error:
+                logger.error("action=stop_unwritten %s: %s (its host or its lease will tell)", self.worker.name, error)
+
+
+class Attendant:
+    """Delivers verdicts, reconciles rows with black boxes, and sweeps when a sweep is overdue."""
+
+    def __init__(self, tracker: Tracker, worker: WorkerIdentity, boxes: Boxes) -> None:
+        self.tracker, self.worker, self.boxes = tracker, worker, boxes
+        self.reconciler = Reconciler(tracker, worker, boxes)
+        self.sweeper = Sweeper(tracker, worker.name, boxes.base, worker)
+        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
+
+    # -- hooks: called on the hub, so they only queue ---------------------------------------------
+
+    def died(self, death: Death) -> None:
+        """A pool process died, or is being killed."""
+        self._inbox.put(
+            lambda: detector.process_died(self.tracker, self.worker, self.boxes, death)
+        )
+
+    def unstarted(self, ticket: Ticket, status: Status, cause: Cause, message: str) -> None:
+        """A message was consumed without reaching its task."""
+        self._inbox.put(lambda: self._settle_unstarted(ticket, status, cause, message))
+
+    def _settle_unstarted(self, ticket: Ticket, status: Status, cause: Cause, message: str) -> None:
+        evidence = self._evidence(cause, "before_claim", message)
+        settled = self.tracker.store.settle_unstarted(ticket.key, ticket.attempt, status, evidence)
+        finish.after(self.tracker, ticket.key, settled)
+
+    def terminated(self, ticket: Ticket, message: str) -> None:
+        """A task was revoked with `terminate`, running or not."""
+        self._inbox.put(lambda: self._settle_terminated(ticket, message))
+
+    def _settle_terminated(self, ticket: Ticket, message: str) -> None:
+        row = self.tracker.store.child(ticket.key)
+        settled = Settled(False)
+        if row is not None and row.status == Status.RUNNING and row.worker_id == self.worker.id:
+            evidence = self._evidence(Cause.TERMINATED, "running", message)
+            settled = self.tracker.store.settle_terminated(row, evidence)
+        elif row is not None and row.status == Status.PENDING:
+            evidence = self._evidence(Cause.TERMINATED, "before_claim", message)
+            settled = self.tracker.store.settle_unstarted(
+                ticket.key, ticket.attempt, Status.CANCELLED, evidence
+            )
+        finish.after(self.tracker, ticket.key, settled)
+
+    def _evidence(self, cause: Cause, phase: str, message: str) -> Evidence:
+        return Evidence(
+            cause, phase=phase, message=message, hostname=self.worker.host.hostname, worker=self.worker.name
+        )
+
+    # -- the thread ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="batchtrack-attendant", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._guarded(self._boot)
+        heartbeat = self.tracker.settings.heartbeat
+        due = time.monotonic() + heartbeat
+        while not self._closing.is_set():
+            pause = min(0.5, due - time.monotonic()) if self._waiting else due - time.monotonic()
+            self._take(max(0.0, pause))
+            if time.monotonic() >= due:
+                due = time.monotonic() + heartbeat
+                self._guarded(self.reconciler.beat)
+                self._guarded(self._sweep_if_overdue)
+
+    def _boot(self) -> None:
+        """At start: what a predecessor on this host left is settled before anything else."""
+        for other in self.tracker.store.live_workers():
+            if other.name == self.worker.name and other.id != self.worker.id and other.kind == "worker":
+                self.tracker.store.suspect_now(other.id)  # the name proves nothing: two may share it
+        self.sweeper.sweep()
+
+    def _sweep_if_overdue(self) -> None:
+        if self.sweeper.overdue():
+            self.sweeper.sweep()
+
+    def _take(self, timeout: float) -> None:
+        """Wait for a job, then do all there are, in order. What the database refuses now waits."""
+        try:
+            job = self._inbox.get(timeout=timeout) if timeout else self._inbox.get_nowait()
+            if job is not None:
+                self._waiting.append(job)
+        except queue.Empty:
+            pass
+        self._drain_inbox()
+        self._work_off()
+
+    def _drain_inbox(self) -> None:
+        while True:
+            try:
+                job = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if job is not None:
+                self._waiting.append(job)
+
+    def _work_off(self) -> None:
+        while self._waiting:
+            try:
+                self._waiting[0]()
+            except errors.BatchTrackError as error:
+                logger.error("action=verdict_waits %d to write: %s", len(self._waiting), error)
+                return
+            except Exception:
+                logger.exception("action=verdict_failed (the reconciliation or a sweep will find its child)")
+            self._waiting.popleft()
+
+    def _guarded(self, step: Job) -> None:
+        """A step that fails must not end the thread: the next beat tries again."""
+        try:
+            step()
+        except errors.BatchTrackError as error:
+            logger.error("action=attendance_waits %s: %s", self.worker.name, error)
+        except Exception:
+            logger.exception("action=attendance_failed %s", self.worker.name)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Write what is known, then end the thread. For the time after the pool has joined."""
+        self._closing.set()
+        self._inbox.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout=timeout)
+            if self._thread.is_alive():
+                return
+        self._drain_inbox()
+        self._guarded(self._work_off)
+        self._guarded(lambda: run.deliver_spool(self.tracker, self.boxes))
+        self._guarded(self._settle_what_the_pool_left)
+
+    def _settle_what_the_pool_left(self) -> None:
+        """A cold shutdown kills pool processes; what they had in hand is lost with this worker."""
+        for row in self.tracker.store.running_of(self.worker.id):
+            pid, started = detector.slot_process(row.slot or "0:0")
+            if pid != self.worker.pid and detector.hosts.gone(pid, started) is True:
+                message = "its process ended with its worker, before it reported"
+                death = Death(pid, started, Cause.WORKER_LOST, message=message)
+                detector.process_died(self.tracker, self.worker, self.boxes, death)
+
+
+__all__ = ["Attendant", "Pulse"]

@@ -1,0 +1,333 @@
+"""`Batch`: what starts a batch, and the handle to one from anywhere."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from celery import current_task
+from celery.result import assert_will_not_block
+
+from .. import errors
+from ..behaviour import finish, report
+from ..behaviour.report import Report
+from ..vocabulary.ids import uuid7
+from ..vocabulary.records import BatchRow, ChildRow, IncidentRow, NewBatch, NewChild, Progress
+from ..vocabulary.states import BatchStatus, EndReason, Kind, Status
+from . import codec, signatures
+from .extension import BatchTrack
+from .options import ValidOptions, validated
+
+
+class Child:
+    """A child, or a callback's row, as it was when it was read."""
+
+    def __init__(self, row: ChildRow) -> None:
+        self.row = row
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.row, name)
+
+    def __repr__(self) -> str:
+        return f"<Child #{self.row.position} {self.row.task} {self.row.status}>"
+
+    @property
+    def result(self) -> Any:
+        """What the task returned; None for a child that did not complete."""
+        return None if self.row.result is None else codec.loads(self.row.result)
+
+    @property
+    def args(self) -> list[Any]:
+        """The stored positional arguments; empty once the child completed."""
+        return list(signatures.parsed(self.row.signature).get("args") or ())
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return dict(signatures.parsed(self.row.signature).get("kwargs") or {})
+
+
+class Batch:
+    """A batch of children, to be filled in a ``with`` block, or a handle to one (`Batch.get`).
+
+    ``with Batch("upload", on_success=done.s()) as batch: batch.add(task.s(part))`` writes rows in blocks, so memory
+    stays bounded; leaving the block seals the batch, and only then is anything sent (unless ``start="now"``). An
+    exception inside, Ctrl-C, or the death of the process cancels it.
+
+    Options: see `BatchOptions`. Errors: InvalidOption at the call, DatabaseUnavailable where the tracking
+    database cannot be written; then nothing was started.
+    """
+
+    def __init__(self, name: str = "", *, app: Any = None, **options: Any) -> None:
+        self._extension = BatchTrack.of(app)
+        if name:
+            options["name"] = name
+        self._options: ValidOptions | None = validated(options, "batch")
+        self.id: uuid.UUID = uuid7()
+        self._opened = False
+        self._buffer: list[NewChild] = []
+        self._headers: dict[str, Any] = {}
+        self._client: Any = None
+        self._root_id: str | None = None
+
+    # -- handles ---------------------------------------------------------------------------------
+
+    @classmethod
+    def _handle(cls, extension: BatchTrack, batch_id: uuid.UUID) -> Batch:
+        batch = cls.__new__(cls)
+        batch._extension, batch.id, batch._options = extension, batch_id, None
+        batch._opened, batch._buffer, batch._client, batch._headers = False, [], None, {}
+        batch._root_id = None
+        return batch
+
+    @classmethod
+    def get(cls, batch_id: uuid.UUID | str, app: Any = None) -> Batch:
+        """The handle of an existing batch. Raises BatchNotFound."""
+        extension = BatchTrack.of(app)
+        return cls._handle(extension, extension.store.resolve(str(batch_id)))
+
+    @classmethod
+    def create(cls, name: str, children: Iterable[Any], *, app: Any = None, **options: Any) -> Batch:
+        """Create, seal and start a batch in one go: rows in one transaction."""
+        extension = BatchTrack.of(app)
+        return start(extension, validated({"name": name, **options}, name), list(children))
+
+    def __repr__(self) -> str:
+        return f"<Batch {self.id}>"
+
+    # -- filling ---------------------------------------------------------------------------------
+
+    def __enter__(self) -> Batch:
+        if self._options is None or self._opened:
+            raise errors.BatchStateError("a batch is filled once: make a new Batch(…)")
+        extension, options = self._extension, self._options
+        self._headers = captured(extension)
+        self._client = extension.client()
+        opener = self._client.__enter__()
+        try:
+            new = new_batch(extension, options, self.id, self._headers, opened_by=opener)
+            self._root_id = new.root_id
+            extension.store.create(new)
+        except BaseException:
+            self._client.__exit__(None, None, None)
+            raise
+        self._opened = True
+        return self
+
+    def add(self, *children: Any) -> None:
+        """Add children (signatures). Raises BatchStateError outside the ``with`` block, or if the batch has ended."""
+        if not self._opened:
+            raise errors.BatchStateError(
+                "children are added inside the block: `with Batch(…) as batch: batch.add(task.s(…))`"
+            )
+        for child in children:
+            self._buffer.append(signatures.new_child(self._extension.app, child, {}, {}, "a child"))
+            if len(self._buffer) >= self._extension.settings.insert_chunk:
+                self._flush()
+
+    def add_many(self, children: Iterable[Any]) -> None:
+        """Add the children of any iterable; it is read as it is written."""
+        for child in children:
+            self.add(child)
+
+    def _flush(self) -> None:
+        if not self._buffer:
+            return
+        block, self._buffer = self._buffer, []
+        if self._extension.store.add(self.id, block) is None:
+            raise errors.BatchStateError(f"batch {self.id} is open no more: it was {self.status} meanwhile")
+        if self._options is not None and self._options.start_now:
+            from ..behaviour import dispatch
+
+            dispatch.pump(self._extension.tracker, self.id)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened = False
+        try:
+            if kind is None:
+                self._seal()
+            else:
+                self._cancel_after(kind)
+        finally:
+            self._client.__exit__(None, None, None)
+
+    def _seal(self) -> None:
+        tracker = self._extension.tracker
+        try:
+            self._flush()
+            sealed = finish.seal(tracker, self.id)
+        except BaseException:
+            finish.cancel(tracker, self.id, EndReason.EXCEPTION)
+            raise
+        if not sealed:
+            raise errors.BatchStateError(f"batch {self.id} could not start: it was {self.status} meanwhile")
+
+    def _cancel_after(self, kind: type[BaseException]) -> None:
+        try:
+            finish.cancel(self._extension.tracker, self.id, EndReason.EXCEPTION)
+        except errors.DatabaseUnavailable:
+            # The user's own exception matters more. Our pulse ends with the block: a sweep cancels the batch.
+            from .narrate import logger
+
+            logger.exception("action=cancel_waits batch %s after %s", self.id, kind.__name__)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @property
+    def row(self) -> BatchRow:
+        """The batch's row. Raises BatchNotFound (pruned, or its owner deleted)."""
+        row = self._extension.store.batch(self.id)
+        if row is None:
+            raise errors.BatchNotFound(f"no batch {self.id}")
+        return row
+
+    @property
+    def status(self) -> BatchStatus:
+        return BatchStatus(self.row.status)
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    def progress(self) -> Progress:
+        """Counts by state, percent, rate, ETA. The cost does not grow with the batch."""
+        return self._extension.store.progress(self.id)
+
+    def iter_progress(self, every: float | None = None) -> Iterator[Progress]:
+        """Progress every so many seconds (default `batchtrack_wait_poll`), until the batch has ended; the last one
+        is of the ended batch. Runs a sweep when nobody else does."""
+        pause = self._extension.settings.wait_poll if every is None else every
+        while True:
+            progress = self.progress()
+            yield progress
+            if progress.ended:
+                return
+            time.sleep(pause)
+            self._extension.sweep_if_overdue()
+
+    def wait(self, timeout: float | None = None, *, bar: bool = False, callbacks: bool = False) -> BatchStatus:
+        """Wait for the end; returns how it ended. Inside a task it raises, as Celery's `get()` does.
+
+        Arguments:
+            timeout: seconds; then BatchTimeout, and the batch goes on.
+            bar: show progress on a terminal (with rich, if installed).
+            callbacks: also wait until the callbacks have settled.
+        """
+        assert_will_not_block()
+        from .progress import shown
+
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for progress in shown(self.iter_progress(), bar=bar):
+            self._check_time(deadline, timeout, progress.ended)
+        while callbacks and any(row.status in ("pending", "running") for row in self._callback_rows()):
+            self._check_time(deadline, timeout, False)
+            time.sleep(self._extension.settings.wait_poll)
+            self._extension.sweep_if_overdue()
+        return self.status
+
+    def _check_time(self, deadline: float | None, timeout: float | None, ended: bool) -> None:
+        if deadline is not None and not ended and time.monotonic() > deadline:
+            progress = self.progress()
+            raise errors.BatchTimeout(
+                f"batch {self.id} has not ended after {timeout:g} s: {progress.pending} children pending, "
+                f"{progress.running} running; it goes on"
+            )
+
+    def _callback_rows(self) -> list[ChildRow]:
+        return self._extension.store.callback_rows(self.id)
+
+    def children(
+        self, status: str | Status | Sequence[str] | None = None, kind: str = "child"
+    ) -> Iterator[Child]:
+        """Children by position, in bounded memory; with ``kind="callbacks"`` the callbacks' rows."""
+        statuses = () if status is None else (status,) if isinstance(status, str) else tuple(status)
+        for each in statuses:
+            if each not in Status._value2member_map_:
+                raise errors.InvalidOption(f"{each!r} is no status of a child: {[str(s) for s in Status]}")
+        if kind not in ("child", "callbacks"):
+            raise errors.InvalidOption(f"kind must be 'child' or 'callbacks', not {kind!r}")
+        rows = self._extension.store.children(
+            self.id, statuses=[str(each) for each in statuses], callbacks=kind == "callbacks"
+        )
+        return (Child(row) for row in rows)
+
+    def results(self) -> Iterator[Any]:
+        """Results of completed children in order, in bounded memory."""
+        for text in self._extension.store.results(self.id):
+            yield None if text is None else codec.loads(text)
+
+    def incidents(self) -> list[IncidentRow]:
+        """Evidence of every attempt that did not complete, oldest first."""
+        return self._extension.store.incidents(self.id)
+
+    def report(self) -> Report:
+        """What became of it: counts, and the children that did not complete."""
+        return report.build(self._extension.tracker, self.id)
+
+    # -- acting ----------------------------------------------------------------------------------
+
+    def cancel(self, *, terminate: bool = True) -> bool:
+        """End it now: pending children never start; running ones are terminated where the pool can.
+
+        False if it had ended already.
+        """
+        return finish.cancel(self._extension.tracker, self.id, terminate=terminate) is not None
+
+
+def captured(extension: BatchTrack) -> dict[str, Any]:
+    """Headers of the creator's context, from the `capture=` hooks."""
+    headers: dict[str, Any] = {}
+    for hook in extension.capture:
+        headers.update(hook() or {})
+    return headers
+
+
+def new_batch(
+    extension: BatchTrack, options: ValidOptions, batch_id: uuid.UUID, headers: Mapping[str, Any],
+    *, opened_by: uuid.UUID | None = None, errbacks: Sequence[Any] = (), body_id: str | None = None,
+) -> NewBatch:  # fmt: skip
+    """The row of a new batch, with its parent and callbacks."""
+    app = extension.app
+    callbacks = {
+        kind.value: [signatures.callback_entry(app, each, kind) for each in declared]
+        for kind, declared in options.callbacks.items()
+    }
+    if body_id is not None and callbacks[Kind.ON_SUCCESS.value]:
+        callbacks[Kind.ON_SUCCESS.value][0]["task_id"] = body_id
+    callbacks[Kind.ON_FAILURE.value] += [
+        signatures.callback_entry(app, each, Kind.ON_FAILURE, errback_of=body_id) for each in errbacks
+    ]
+    parent = current_task.request if current_task and not current_task.request.called_directly else None
+    return NewBatch(
+        id=batch_id,
+        name=options.name,
+        callbacks=signatures.callbacks_json(callbacks),
+        options=options.stored,
+        headers=codec.dumps(dict(headers)) if headers else None,
+        start_now=options.start_now,
+        shards=extension.settings.shards,
+        parent_task_id=parent.id if parent else None,
+        parent_task=current_task.name if parent else None,
+        root_id=(parent.root_id or parent.id) if parent else None,
+        opened_by=opened_by,
+    )
+
+
+def start(
+    extension: BatchTrack, options: ValidOptions, header: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
+    errbacks: Sequence[Any] = (), body_id: str | None = None,
+) -> Batch:  # fmt: skip
+    """Create a sealed batch from signatures, in one transaction, and send its children."""
+    headers = captured(extension)
+    children = [
+        signatures.new_child(extension.app, each, overrides or {}, {}, f"header element {at}")
+        for at, each in enumerate(header)
+    ]
+    new = new_batch(extension, options, uuid7(), headers, errbacks=errbacks, body_id=body_id)
+    extension.store.create(new, children, seal=True)
+    finish.started(extension.tracker, new.id)
+    return Batch._handle(extension, new.id)

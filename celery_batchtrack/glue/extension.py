@@ -1,0 +1,328 @@
+"""`BatchTrack(app)`: installs everything, reads no configuration, keeps its state on the app."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from .. import errors
+from ..behaviour import blackbox
+from ..behaviour.blackbox import Boxes
+from ..behaviour.detector import Sweep, Sweeper
+from ..behaviour.identity import WorkerIdentity
+from ..behaviour.run import Runner
+from ..behaviour.tracker import Tracker
+from ..store import Store
+from ..vocabulary.settings import Settings
+from . import broker_alias, codec, configuration, narrate, worker
+from .attendant import Attendant, Pulse
+from .publish import AppPublisher
+from .request import TrackedRequest
+from .tracked_task import track
+
+logger = logging.getLogger("celery_batchtrack")
+
+DETECT_TASK = "celery_batchtrack.detect_crashes"
+PRUNE_TASK = "celery_batchtrack.prune"
+DETECT_ENTRY = "batchtrack-detect-crashes"
+PRUNE_ENTRY = "batchtrack-prune"
+
+Capture = Callable[[], Mapping[str, Any] | None]
+
+
+class BatchTrack:
+    """Tracks the batches of one Celery app.
+
+    Arguments:
+        app: the Celery app, before or after it is configured or finalized.
+        capture: callables that return headers (JSON-able mappings, or None) of the creator's context, such as
+            its tenant or trace. Called when a batch is created; sent with its messages by whoever publishes.
+
+    Installs hooks of the worker, the beat entry ``batchtrack-detect-crashes`` and the tracking of every task.
+    Configuration (``batchtrack_*``) is read at first use.
+    """
+
+    def __init__(self, app: Any, *, capture: Iterable[Capture] = ()) -> None:
+        if getattr(app, "batchtrack", None) is not None:
+            raise errors.ImproperlyConfigured(f"BatchTrack({app.main or app}) was called twice")
+        broker_alias.register()
+        self.app = app
+        self.capture: tuple[Capture, ...] = tuple(capture)
+        self.attendant: Attendant | None = None
+        self._lock = threading.RLock()
+        self._settings: Settings | None = None
+        self._tracker: Tracker | None = None
+        self._worker: tuple[WorkerIdentity, Boxes] | None = None
+        self._pulse: Pulse | None = None
+        self._client: tuple[int, WorkerIdentity, Pulse] | None = None
+        self._worker_pid: int | None = None
+        app.batchtrack = self
+        self._install()
+
+    @classmethod
+    def of(cls, app: Any = None) -> BatchTrack:
+        """The extension of an app (default: the current app). Raises ImproperlyConfigured without one."""
+        if app is None:
+            from celery import current_app
+
+            app = current_app
+        app = getattr(app, "_get_current_object", lambda: app)()
+        extension = getattr(app, "batchtrack", None)
+        if not isinstance(extension, cls):
+            raise errors.ImproperlyConfigured(
+                f"the Celery app {getattr(app, 'main', None) or app!r} has no BatchTrack: "
+                "call BatchTrack(app) where the app is made"
+            )
+        return extension
+
+    # -- installing ------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        app = self.app
+        app.steps["worker"].add(worker.AttendanceStep)
+        app.steps["consumer"].add(worker.UndecodableStep)
+        worker.connect(self)
+        self._define_tasks()
+        app.on_after_configure.connect(self._schedule, weak=False)
+        app.on_after_finalize.connect(self._finalized, weak=False)
+        if app.configured:
+            self._schedule(app)
+        if app.finalized:
+            self.track_tasks()
+        self._watch_registrations()
+
+    def _define_tasks(self) -> None:
+        # Lazy, as any user's task: registering must not finalize the app.
+        @self.app.task(name=DETECT_TASK, ignore_result=True, shared=False)  # type: ignore[untyped-decorator, unused-ignore]
+        def detect_crashes() -> dict[str, int]:
+            """One sweep of the crash detector."""
+            return self.sweep().as_dict()
+
+        @self.app.task(name=PRUNE_TASK, ignore_result=True, shared=False)  # type: ignore[untyped-decorator, unused-ignore]
+        def prune() -> int:
+            """Delete batches whose retention is over."""
+            return self.prune()
+
+    def _schedule(self, sender: Any = None, source: Any = None, **_: Any) -> None:
+        """Put the detector into beat's schedule, unless the user's schedule has it under any name."""
+        conf = source if source is not None and hasattr(source, "beat_schedule") else self.app.conf
+        schedule = conf.beat_schedule
+        tasks = {entry.get("task") for entry in schedule.values() if isinstance(entry, Mapping)}
+        if DETECT_TASK not in tasks:
+            every = self._raw("detect_every", 15.0)
+            options: dict[str, Any] = {"expires": every}
+            queue = self._raw("detect_queue", None)
+            if queue:
+                options["queue"] = queue
+            schedule.setdefault(DETECT_ENTRY, {"task": DETECT_TASK, "schedule": every, "options": options})
+        if PRUNE_TASK not in tasks:
+            schedule.setdefault(
+                PRUNE_ENTRY, {"task": PRUNE_TASK, "schedule": 3600.0, "options": {"expires": 3600.0}}
+            )
+
+    def _raw(self, name: str, default: Any) -> Any:
+        """A setting, while the configuration may still be loading; wrong values are reported at first use."""
+        try:
+            return getattr(configuration.load(self.app), name)
+        except errors.ImproperlyConfigured:
+            return default
+
+    def _finalized(self, sender: Any = None, **_: Any) -> None:
+        self.track_tasks()
+
+    def track_tasks(self) -> None:
+        """Wrap every task registered so far. Idempotent; runs at finalization and at worker start."""
+        for task in list(self.app._tasks.values()):
+            track(task, TrackedRequest)
+
+    def _watch_registrations(self) -> None:
+        """Tasks registered after finalization (`register_task`, late imports) are wrapped as they come."""
+        registry = self.app._tasks
+        original = registry.register
+
+        def register(task: Any) -> None:
+            original(task)
+            if self.app.finalized and task.name in registry:
+                track(registry[task.name], TrackedRequest)
+
+        registry.register = register
+
+    # -- parts, made at first use ----------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """Validated settings. Raises ImproperlyConfigured."""
+        if self._settings is None:
+            self._settings = configuration.load(self.app)
+        return self._settings
+
+    @property
+    def enabled(self) -> bool:
+        return self.settings.enabled
+
+    @property
+    def tracker(self) -> Tracker:
+        """Store, settings and publisher of this app."""
+        if self._tracker is None:
+            with self._lock:
+                if self._tracker is None:
+                    self._tracker = self._make_tracker()
+        return self._tracker
+
+    def _make_tracker(self) -> Tracker:
+        settings = self.settings
+        store = Store(
+            configuration.database_url(self.app, settings), auto_migrate=settings.auto_migrate,
+            engine_options=settings.engine_options,
+        )  # fmt: skip
+        return Tracker(store, settings, AppPublisher(self.app), codec, narrate.subscriber(self.app))  # type: ignore[arg-type]
+
+    @property
+    def store(self) -> Store:
+        return self.tracker.store
+
+    def reset(self) -> None:
+        """Forget settings and connections, so that a changed configuration counts. For tests and scripts."""
+        with self._lock:
+            self.end_client()
+            if self._tracker is not None:
+                self._tracker.store.dispose()
+            self._settings = self._tracker = None
+
+    # -- worker ----------------------------------------------------------------------------------
+
+    def wanted_in_worker(self) -> bool:
+        """Whether a worker of this app takes part; without a database only if new chords are off anyway."""
+        if self.settings.enabled:
+            return True
+        with contextlib.suppress(errors.ImproperlyConfigured):
+            configuration.database_url(self.app, self.settings)
+            return True
+        return False
+
+    def begin_worker(self, name: str, pool: str) -> None:
+        """In the main process, before its pool forks."""
+        tracker = self.tracker
+        identity = WorkerIdentity(name, "worker", pool)
+        base = blackbox.choose_folder(tracker.settings.blackbox_dir)
+        if base is None:
+            logger.warning("action=no_blackbox no writable folder: crashes are known by row, not by black box")
+        boxes = Boxes(base, identity.id)
+        boxes.create()
+        self._worker, self._worker_pid = (identity, boxes), os.getpid()
+        self._pulse, self.attendant = Pulse(tracker, identity), Attendant(tracker, identity, boxes)
+
+    def attend(self) -> None:
+        """Register the worker and start its threads; a database that is away does not keep it from starting."""
+        assert self._pulse is not None and self.attendant is not None
+        try:
+            self._pulse.register()
+        except errors.BatchTrackError as error:
+            logger.error("action=unregistered children of batches wait until this is mended: %s", error)
+        self._pulse.start()
+        self.attendant.start()
+        atexit.register(self.end_worker)
+
+    def end_worker(self) -> None:
+        """After the pool has joined: write what is known, then say that this worker ended. Idempotent."""
+        if self._worker_pid != os.getpid() or self.attendant is None or self._pulse is None:
+            return
+        self._worker_pid = None
+        self.attendant.close()
+        self._pulse.stop()
+        if self._worker is not None:
+            self._worker[1].close_own_pages()
+            self._worker[1].remove()
+
+    def end_pool_process(self) -> None:
+        """At a clean end of a pool process its pages go."""
+        if self._worker is not None:
+            self._worker[1].close_own_pages()
+
+    @property
+    def runner(self) -> Runner:
+        """Runs children in this process: under its worker's identity, or a client's."""
+        if self._worker is not None:
+            return Runner(self.tracker, *self._worker)
+        identity = self.begin_client()
+        return Runner(self.tracker, identity, Boxes(None, identity.id))
+
+    # -- client ----------------------------------------------------------------------------------
+
+    def begin_client(self) -> WorkerIdentity:
+        """Register this process as a client with a pulse, so that its death is noticed. Idempotent."""
+        with self._lock:
+            if self._client is not None and self._client[0] == os.getpid():
+                return self._client[1]
+            identity = WorkerIdentity(f"client-{os.getpid()}@{socket.gethostname()}", "client", "client")
+            pulse = Pulse(self.tracker, identity)
+            pulse.register()
+            pulse.start()
+            self._client = (os.getpid(), identity, pulse)
+            atexit.register(self.end_client)
+            return identity
+
+    def end_client(self) -> None:
+        """The client's process ends, or needs no pulse any more."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None and client[0] == os.getpid():
+            client[2].stop()
+            atexit.unregister(self.end_client)
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[uuid.UUID]:
+        """A client's identity for the length of a block."""
+        held = self._client is not None and self._client[0] == os.getpid()
+        identity = self.begin_client()
+        try:
+            yield identity.id
+        finally:
+            if not held:
+                self.end_client()
+
+    # -- detector --------------------------------------------------------------------------------
+
+    @property
+    def sweeper(self) -> Sweeper:
+        base = blackbox.choose_folder(self.settings.blackbox_dir)
+        own = self._worker[0] if self._worker is not None else None
+        name = own.name if own is not None else f"{os.getpid()}@{socket.gethostname()}"
+        return Sweeper(self.tracker, name, base, own)
+
+    def sweep(self) -> Sweep:
+        """One pass of the crash detector, now."""
+        return self.sweeper.sweep()
+
+    def sweep_if_overdue(self) -> Sweep | None:
+        """A pass if nobody has swept for an interval: what makes beat optional."""
+        sweeper = self.sweeper
+        return sweeper.sweep() if sweeper.overdue() else None
+
+    def detect_forever(self, stop: threading.Event) -> None:
+        """Sweep every `batchtrack_detect_every` seconds until `stop` is set."""
+        while True:
+            try:
+                self.sweep()
+            except errors.BatchTrackError as error:
+                logger.error("action=sweep_waits %s", error)
+            if stop.wait(self.settings.detect_every):
+                return
+
+    def prune(self) -> int:
+        """Delete batches whose retention is over; returns how many."""
+        retention = self.settings.retention
+        deleted = self.store.prune(completed=retention["completed"], other=retention["other"])
+        self.store.prune_workers(max(retention.values()))
+        return deleted
+
+    def migrate(self) -> None:
+        """Bring the tracking database to this version's schema."""
+        self.store.migrate()

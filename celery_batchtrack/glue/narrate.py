@@ -1,0 +1,118 @@
+"""The subscribers to what behaviour emits: one logs, for someone at 3 a.m.; one sends Celery signals."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from .. import signals
+from ..vocabulary import events
+from ..vocabulary.records import Evidence
+
+logger = logging.getLogger("celery_batchtrack")
+
+
+def how_it_died(evidence: Evidence) -> str:
+    """Signal, exit code or cause, in a few words."""
+    if evidence.signal:
+        return evidence.signal
+    if evidence.exit_code is not None:
+        return f"exit code {evidence.exit_code}"
+    return evidence.cause.value.replace("_", " ")
+
+
+def _crashed(event: events.ChildCrashed) -> tuple[int, str, tuple[Any, ...]]:
+    evidence = event.evidence
+    items = ", ".join(event.items[:5]) + (f", … ({len(event.items)} items)" if len(event.items) > 5 else "")
+    return logging.ERROR, (
+        "action=child_crashed %s %s died of %s in attempt %d (%s, host %s, pid %s, noticed by %s): %s; items: %s"
+    ), (
+        event.key, event.task, how_it_died(evidence), event.attempt, evidence.phase.replace("_", " "),
+        evidence.hostname, evidence.pid, evidence.detected_by,
+        "it runs again" if event.runs_again else "it is recorded as crashed", items or "none declared",
+    )  # fmt: skip
+
+
+def _away(event: events.DatabaseAway) -> tuple[int, str, tuple[Any, ...]]:
+    kept = "the outcome is kept on disk and delivered later" if event.spooled else "trying again"
+    return logging.WARNING, "action=database_away %s: %s waits: %s (%s)", (
+        event.key, event.doing, event.error, kept,
+    )  # fmt: skip
+
+
+_LINES: dict[type, Callable[[Any], tuple[int, str, tuple[Any, ...]]]] = {
+    events.ChildSettled: lambda e: (
+        logging.DEBUG, "action=child_settled %s %s %s in attempt %d", (e.key, e.task, e.status, e.attempt),
+    ),
+    events.ChildCrashed: _crashed,
+    events.VerdictOverturned: lambda e: (
+        logging.WARNING,
+        "action=verdict_overturned %s was taken for dead by its worker's lease, but reported %s", (e.key, e.status),
+    ),
+    events.LateWrite: lambda e: (
+        logging.WARNING, "action=late_write %s reported %s too late; its row was settled otherwise (see its incidents)",
+        (e.key, e.status),
+    ),
+    events.BatchEnded: lambda e: (
+        logging.INFO, "action=batch_ended %s %r %s%s",
+        (e.batch_id, e.name, e.status, f" ({e.reason})" if e.reason else ""),
+    ),
+    events.Redispatched: lambda e: (
+        logging.WARNING, "action=redispatched batch %s: %d children were published again, since nobody claimed them",
+        (e.batch_id, e.count),
+    ),
+    events.PublishFailed: lambda e: (
+        logging.WARNING, "action=publish_failed %s could not be sent: %s (the sweep tries again)", (e.key, e.error),
+    ),
+    events.WorkerLost: lambda e: (
+        logging.ERROR, "action=worker_lost %s (host %s, pid %s) is gone, noticed by %s",
+        (e.name, e.hostname, e.pid, e.detected_by),
+    ),
+    events.ClaimRefused: lambda e: (
+        logging.INFO, "action=claim_refused %s attempt %d: %s; the message is dropped", (e.key, e.attempt, e.reason),
+    ),
+    events.DatabaseAway: _away,
+    events.SpoolDelivered: lambda e: (
+        logging.INFO, "action=spool_delivered %s: an outcome kept on disk was %s",
+        (e.key, "written" if e.written else "already settled otherwise"),
+    ),
+    events.ZombieTerminated: lambda e: (
+        logging.WARNING, "action=zombie_terminated pid %d still ran %s, but %s", (e.pid, e.key, e.reason),
+    ),
+}  # fmt: skip
+
+
+def log(event: events.Event) -> None:
+    level, text, arguments = _LINES[type(event)](event)
+    logger.log(level, text, *arguments)
+
+
+def send(app: Any, event: events.Event) -> None:
+    """Celery signals for what applications most often wait for."""
+    if isinstance(event, events.BatchEnded):
+        signals.batch_ended.send(sender=app, batch_id=event.batch_id, name=event.name, status=event.status)
+    elif isinstance(event, events.ChildSettled):
+        if signals.child_settled.receivers:
+            signals.child_settled.send(
+                sender=app, batch_id=event.key.batch_id, position=event.key.position, task=event.task,
+                status=event.status, attempt=event.attempt,
+            )  # fmt: skip
+    elif isinstance(event, events.ChildCrashed):
+        signals.child_crashed.send(
+            sender=app, batch_id=event.key.batch_id, position=event.key.position, task=event.task,
+            attempt=event.attempt, evidence=event.evidence, runs_again=event.runs_again, items=event.items,
+        )  # fmt: skip
+    elif isinstance(event, events.WorkerLost):
+        signals.worker_lost.send(
+            sender=app, worker_id=event.worker_id, name=event.name, hostname=event.hostname, pid=event.pid,
+            detected_by=event.detected_by,
+        )  # fmt: skip
+
+
+def subscriber(app: Any) -> Callable[[events.Event], None]:
+    def tell(event: events.Event) -> None:
+        log(event)
+        send(app, event)
+
+    return tell

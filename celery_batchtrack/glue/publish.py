@@ -1,0 +1,171 @@
+"""Publishing rows through Celery: to the broker, or inline where tasks are always eager.
+
+Whoever publishes (a sweep, a sibling that just settled) is not who created: headers, ids and stamps
+come from the row and its batch, never from the task that happens to run here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from celery._state import pop_current_task, push_current_task
+from celery.app.task import Context
+from kombu.exceptions import EncodeError, OperationalError
+
+from ..behaviour.tracker import Message, NotSent
+from ..vocabulary.ids import HEADER
+from . import codec, signatures
+
+logger = logging.getLogger("celery_batchtrack")
+
+
+@contextlib.contextmanager
+def _nobodys_context() -> Iterator[None]:
+    """Hide the running task: Celery would make it the parent, and pass on its priority."""
+    nobody = SimpleNamespace(
+        name="celery_batchtrack.publish",
+        request=Context(called_directly=False, delivery_info={}),
+        add_trail=lambda result: None,
+    )
+    push_current_task(nobody)
+    try:
+        yield
+    finally:
+        pop_current_task()
+
+
+def options_for(message: Message) -> dict[str, Any]:
+    """Options of `send_task`: the stored ones, and what the row and the batch say."""
+    row, batch = message.row, message.batch
+    signature = signatures.parsed(row.signature)
+    options: dict[str, Any] = dict(signature.get("options") or {})
+    captured = codec.loads(batch.headers) if batch.headers else {}
+    options["headers"] = {**captured, **(options.get("headers") or {}), HEADER: message.ticket.as_header()}
+    options.update(
+        task_id=row.task_id,
+        root_id=options.get("root_id") or batch.root_id,
+        parent_id=options.get("parent_id") or batch.parent_task_id,
+        retries=row.retries,
+        add_to_parent=False,
+    )
+    if row.kind == "child":
+        options.update(group_id=str(batch.id), ignore_result=True)
+    if row.not_before is not None:
+        options["eta"] = row.not_before
+    if row.expires_at is not None:
+        options["expires"] = row.expires_at
+    return options
+
+
+def arguments_for(message: Message) -> tuple[list[Any], dict[str, Any]]:
+    signature = signatures.parsed(message.row.signature)
+    args, kwargs = list(signature.get("args") or ()), dict(signature.get("kwargs") or {})
+    if not signature.get("immutable"):
+        args = [*message.prefix, *args]
+    return args, kwargs
+
+
+class BrokerPublisher:
+    """Sends to the broker. A broker that is down is an answer, not an error."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def publish(self, messages: Sequence[Message]) -> list[NotSent]:
+        failed: list[NotSent] = []
+        try:
+            with _nobodys_context(), self.app.producer_or_acquire() as producer:
+                for at, message in enumerate(messages):
+                    try:
+                        self._send(message, producer)
+                    except (OperationalError, OSError) as error:
+                        return failed + [NotSent(each, _say(error)) for each in messages[at:]]
+                    except Exception as error:
+                        logger.exception("%s cannot be sent", message.row.key)
+                        failed.append(NotSent(message, _say(error), final=True))
+        except (OperationalError, OSError) as error:
+            return [NotSent(each, _say(error)) for each in messages]
+        return failed
+
+    def _send(self, message: Message, producer: Any) -> None:
+        args, kwargs = arguments_for(message)
+        options = options_for(message)
+        self.app.send_task(message.row.task, args, kwargs, producer=producer, **options)
+
+    def queue_length(self, queue: str | None, task: str) -> int | None:
+        name = queue or signatures.route(self.app, task, (), {}, {})
+        if not name:
+            return None
+        try:
+            with self.app.connection_for_write() as connection, connection.channel() as channel:
+                return int(channel.queue_declare(queue=name, passive=True).message_count)
+        except (OperationalError, OSError, *_broker_errors(self.app)):
+            return None  # no such queue (yet), or no broker
+
+    def terminate(self, task_ids: Sequence[str]) -> None:
+        """Broadcast a revoke with terminate. The workers' own reconciliation finds what it misses."""
+        with contextlib.suppress(Exception):  # no remote control, or no broker: see above
+            self.app.control.revoke(list(task_ids), terminate=True)
+
+
+def _broker_errors(app: Any) -> tuple[type[Exception], ...]:
+    connection = app.connection_for_write()
+    return tuple(connection.channel_errors) + tuple(connection.connection_errors)
+
+
+def _say(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+class EagerPublisher:
+    """Runs children inline, as `task_always_eager` asks for."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def publish(self, messages: Sequence[Message]) -> list[NotSent]:
+        return [failed for message in messages if (failed := self._run(message)) is not None]
+
+    def _run(self, message: Message) -> NotSent | None:
+        task = self.app.tasks.get(message.row.task)
+        if task is None:
+            return NotSent(message, f"NotRegistered: {message.row.task!r}", final=True)
+        args, kwargs = arguments_for(message)
+        options = options_for(message)
+        wanted = ("headers", "task_id", "retries", "link", "link_error", "ignore_result", "queue", "priority")
+        try:
+            args, kwargs = codec.loads(codec.dumps([args, kwargs]))  # what a broker would do to them
+        except EncodeError as error:
+            return NotSent(message, _say(error), final=True)
+        with _nobodys_context():
+            task.apply(args, kwargs, throw=False, **{key: options[key] for key in wanted if key in options})
+        return None
+
+    def queue_length(self, queue: str | None, task: str) -> int | None:
+        return 0
+
+    def terminate(self, task_ids: Sequence[str]) -> None:
+        return None
+
+
+class AppPublisher:
+    """Chooses at each call, since `task_always_eager` may change."""
+
+    def __init__(self, app: Any) -> None:
+        self._broker, self._eager, self._app = BrokerPublisher(app), EagerPublisher(app), app
+
+    def _now(self) -> BrokerPublisher | EagerPublisher:
+        return self._eager if self._app.conf.task_always_eager else self._broker
+
+    def publish(self, messages: Sequence[Message]) -> list[NotSent]:
+        return self._now().publish(messages)
+
+    def queue_length(self, queue: str | None, task: str) -> int | None:
+        return self._now().queue_length(queue, task)
+
+    def terminate(self, task_ids: Sequence[str]) -> None:
+        self._now().terminate(task_ids)

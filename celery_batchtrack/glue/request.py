@@ -1,0 +1,100 @@
+"""Hooks of the worker's main process: a Request mixin that sees every death, and Celery's signals for
+messages that never reach a pool process.
+
+Nothing here touches the database: each hook puts a job into the attendant's inbox. All are idempotent,
+since a hard time limit is reported twice, and a cold shutdown as a retry.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from billiard.einfo import ExceptionWithTraceback
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+
+from ..behaviour import hosts
+from ..behaviour.detector import Death
+from ..vocabulary.ids import HEADER, Ticket
+from ..vocabulary.states import Cause
+from . import declare
+
+_SIGNAL = re.compile(r"signal (\d+) \((\w+)\)")
+_EXIT = re.compile(r"exitcode (-?\d+)")
+
+
+class TrackedRequest:
+    """Mixed into each task's Request class. Has no `__slots__`: Request's own would conflict."""
+
+    _batchtrack_started: int | None = None
+
+    @property
+    def batchtrack_ticket(self: Any) -> Ticket | None:
+        header = self.request_dict.get(HEADER)
+        return Ticket.from_header(header) if header is not None else None
+
+    def on_accepted(self: Any, pid: int, time_accepted: float) -> None:
+        if HEADER in self.request_dict:
+            self._batchtrack_started = hosts.started(pid)
+        super().on_accepted(pid, time_accepted)  # type: ignore[misc]
+
+    def on_timeout(self: Any, soft: bool, timeout: float) -> None:
+        if not soft:
+            _died(self, Cause.TIME_LIMIT, message=f"hard time limit of {timeout} s exceeded")
+        super().on_timeout(soft, timeout)  # type: ignore[misc]
+
+    def cancel(self: Any, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        if self.time_start:
+            _died(self, Cause.WORKER_LOST, message="cancelled by Celery: its worker shut down cold or lost its broker")
+        super().cancel(pool, signal=signal, emit_retry=emit_retry)  # type: ignore[misc]
+
+    def on_failure(self: Any, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        if not return_ok:
+            _lost(self, exc_info.exception)
+        super().on_failure(  # type: ignore[misc]
+            exc_info, send_failed_event=send_failed_event, return_ok=return_ok
+        )
+
+
+def _lost(request: Any, error: Any) -> None:
+    """The process is gone, or going, without having reported the task's end."""
+    if isinstance(error, ExceptionWithTraceback):
+        error = error.exc
+    if isinstance(error, TimeLimitExceeded):
+        return _died(request, Cause.TIME_LIMIT, message=f"hard time limit exceeded: {error}")
+    if isinstance(error, WorkerLostError):
+        return _worker_lost(request, str(error))
+    if isinstance(error, Terminated):
+        if not request._already_revoked:
+            _died(request, Cause.WORKER_LOST, message=f"terminated: {error}")
+        return None
+    if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        if not request._already_revoked and not request._already_cancelled:
+            code = getattr(error, "code", None)
+            _died(request, Cause.EXIT, exit_code=code if isinstance(code, int) else None, message=repr(error))
+    return None
+
+
+def _worker_lost(request: Any, text: str) -> None:
+    signal, code = _SIGNAL.search(text), _EXIT.search(text)
+    if request._already_revoked:
+        return
+    if signal:
+        _died(request, Cause.SIGNAL, signal=signal[2], message=text)
+    else:
+        _died(request, Cause.EXIT, exit_code=int(code[1]) if code else None, message=text)
+
+
+def _died(
+    request: Any, cause: Cause, *, signal: str | None = None, exit_code: int | None = None, message: str | None = None
+) -> None:
+    ticket = request.batchtrack_ticket
+    extension = getattr(request.app, "batchtrack", None)
+    if ticket is None or extension is None or extension.attendant is None or request.worker_pid is None:
+        return
+    extension.attendant.died(
+        Death(
+            request.worker_pid, request._batchtrack_started, cause, ticket,
+            declare.policy_of(request.task, extension.settings.max_crashes), signal, exit_code, message,
+        )
+    )  # fmt: skip

@@ -1,0 +1,174 @@
+"""Celery signatures: into rows when a child is created, and out of them when it is sent."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from celery.app.task import Task
+from celery.canvas import Signature, _chain, group, maybe_signature
+from celery.canvas import chord as celery_chord
+from kombu import Queue
+from kombu.utils.uuid import uuid as new_task_id
+
+from .. import errors
+from ..vocabulary.records import NewChild
+from ..vocabulary.states import Kind
+from . import codec, declare
+
+#: Options of a signature that describe one sending, not the task: they live in columns of the row.
+_OWN_COLUMNS = ("task_id", "countdown", "eta", "expires", "group_id", "group_index", "chord", "chain", "reply_to")
+#: Options that cannot be kept in a row.
+_NOT_KEPT = ("producer", "publisher", "connection", "router", "result_cls", "add_to_parent", "retry_policy_callback")
+
+
+def plain_signature(app: Any, value: Any, role: str) -> Signature:
+    """A signature of one task. Raises UnsupportedCanvas for other shapes, and for what is none."""
+    if isinstance(value, Task):
+        raise errors.UnsupportedCanvas(f"{role} must be a signature, not a task: write {value.name}.s(…)")
+    if not isinstance(value, Mapping):
+        raise errors.UnsupportedCanvas(f"{role} must be a signature such as task.s(…), not {value!r:.100}")
+    made = maybe_signature(value, app=app)
+    if isinstance(made, (_chain, group)):
+        tasks = list(made.tasks)
+        if len(tasks) == 1 and not isinstance(made, group):
+            return plain_signature(app, tasks[0], role)
+        raise _unsupported(role, "a chain" if isinstance(made, _chain) else "a group")
+    if isinstance(made, celery_chord) or made.get("subtask_type"):
+        raise _unsupported(role, f"a {made.get('subtask_type') or 'chord'}")
+    if not isinstance(made.get("task"), str) or not made["task"]:
+        raise errors.UnsupportedCanvas(f"{role} names no task: {value!r:.100}")
+    _refuse_own_publishing(app, made["task"])
+    return made
+
+
+def _unsupported(role: str, shape: str) -> errors.UnsupportedCanvas:
+    return errors.UnsupportedCanvas(
+        f"{role} is {shape}; this version of celery-batchtrack tracks single tasks only "
+        "(use Celery's own chord for this one)"
+    )
+
+
+def _refuse_own_publishing(app: Any, name: str) -> None:
+    """Tasks whose sending or running bypasses Celery's usual way would be lost or run untracked."""
+    task = app.tasks.get(name)
+    if task is None:
+        return
+    if type(task).apply_async is not Task.apply_async:
+        raise errors.UnsupportedCanvas(
+            f"{name} has its own apply_async ({type(task).__mro__[1].__name__}), which a batch would bypass: "
+            "this version cannot track it"
+        )
+    if str(task.Strategy) != "celery.worker.strategy:default":
+        raise errors.UnsupportedCanvas(
+            f"{name} has its own worker strategy ({task.Strategy}), which a batch cannot follow"
+        )
+
+
+def stored(signature: Mapping[str, Any]) -> str:
+    """The JSON that a row keeps: arguments, options, immutability; compact."""
+    options = {
+        name: _plain_option(value)
+        for name, value in (signature.get("options") or {}).items()
+        if name not in _OWN_COLUMNS and name not in _NOT_KEPT and value is not None
+    }
+    kept: dict[str, Any] = {"args": list(signature.get("args") or ()), "kwargs": dict(signature.get("kwargs") or {})}
+    if options:
+        kept["options"] = options
+    if signature.get("immutable"):
+        kept["immutable"] = True
+    try:
+        return codec.dumps(kept)
+    except errors.NotSerialisable as error:
+        raise errors.NotSerialisable(
+            f"the arguments of {signature['task']} cannot be stored: {error.__cause__ or error}. "
+            "A child's arguments must be JSON (datetime, Decimal and UUID included)"
+        ) from error
+
+
+def _plain_option(value: Any) -> Any:
+    return value.name if isinstance(value, Queue) else value
+
+
+def new_child(app: Any, value: Any, overrides: Mapping[str, Any], headers: Mapping[str, Any], role: str) -> NewChild:
+    """A header child's row. `overrides` are options of the whole batch, as Celery's chord passes them on;
+    `headers` those that differ from the batch's."""
+    signature = plain_signature(app, value, role)
+    options = {**(signature.get("options") or {}), **overrides}
+    if headers:
+        options["headers"] = {**(options.get("headers") or {}), **headers}
+    args, kwargs = tuple(signature.get("args") or ()), dict(signature.get("kwargs") or {})
+    task = app.tasks.get(signature["task"])
+    items, count = declare.items_of(task, args, kwargs) if task is not None else ((), 1)
+    countdown, eta = _moment(options.get("countdown"), options.get("eta"), "eta")
+    expires_in, expires_at = _moment(None, options.get("expires", getattr(task, "expires", None)), "expires")
+    return NewChild(
+        task=signature["task"],
+        task_id=str(options.get("task_id") or new_task_id()),
+        signature=stored({**signature, "options": options}),
+        items=items,
+        item_count=count,
+        queue=route(app, signature["task"], args, kwargs, options),
+        countdown=countdown,
+        eta=eta,
+        expires_in=expires_in,
+        expires_at=expires_at,
+    )  # fmt: skip
+
+
+def _moment(relative: Any, value: Any, name: str) -> tuple[float | None, datetime | None]:
+    if relative is not None:
+        return float(relative), None
+    if value is None:
+        return None, None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value), None
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    if not isinstance(value, datetime):
+        raise errors.InvalidOption(f"{name} must be a datetime or seconds, not {value!r}")
+    return None, value if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+def route(app: Any, name: str, args: Any, kwargs: Any, options: Mapping[str, Any]) -> str | None:
+    """Name of the queue that Celery would send this task to, as far as that is one queue."""
+    task = app.tasks.get(name)
+    wanted = {key: options[key] for key in ("queue", "exchange", "routing_key") if options.get(key)}
+    if task is not None:
+        defaults = {key: getattr(task, key, None) for key in ("queue", "exchange", "routing_key")}
+        wanted = {**{key: value for key, value in defaults.items() if value}, **wanted}
+    found = app.amqp.router.route(wanted, name, args, kwargs, task)
+    queue = found.get("queue")
+    return str(queue.name if isinstance(queue, Queue) else queue) if queue else None
+
+
+def callback_entry(app: Any, value: Any, kind: Kind, errback_of: str | None = None) -> dict[str, Any]:
+    """What a batch keeps of one callback, in its `callbacks` JSON."""
+    signature = plain_signature(app, value, kind.value)
+    options = signature.get("options") or {}
+    entry = {
+        "task": signature["task"],
+        "task_id": str(options.get("task_id") or new_task_id()),
+        "signature": stored(signature),
+        "queue": route(app, signature["task"], (), {}, options),
+    }
+    if errback_of is not None:
+        entry["errback"] = errback_of
+    return entry
+
+
+def callbacks_json(callbacks: Mapping[str, list[dict[str, Any]]]) -> str:
+    return json.dumps({kind: entries for kind, entries in callbacks.items() if entries})
+
+
+def parsed(text: str | None) -> dict[str, Any]:
+    """A row's signature: {"args", "kwargs", "options"?, "immutable"?}."""
+    value = codec.loads(text) if text else {}
+    return value if isinstance(value, dict) else {}
+
+
+def batch_uuid(value: Any) -> uuid.UUID:
+    return value if isinstance(value, uuid.UUID) else uuid.UUID(str(value))

@@ -1,0 +1,266 @@
+"""The wrapper around a child: claim → run → settle, in the class of each task.
+
+Every task of the app gets a subclass of its own class, swapped in (`track`): an app-wide base would miss
+tasks with their own base, and a shared class would be patched once per task by others (Sentry does).
+`__call__` of the class sees what the tracer would see, `Retry` after `autoretry_for` included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import threading
+import traceback
+from typing import Any, NoReturn
+
+from celery.app.task import Context, Task
+from celery.exceptions import (
+    ChordError,
+    Ignore,
+    Reject,
+    Retry,
+    SoftTimeLimitExceeded,
+    WorkerShutdown,
+    WorkerTerminate,
+)
+from celery.utils.functional import arity_greater
+from celery.utils.imports import symbol_by_name
+from kombu.exceptions import OperationalError
+
+from .. import errors
+from ..behaviour.run import Run, Runner
+from ..vocabulary.ids import HEADER, Ticket
+from ..vocabulary.records import Ending, Evidence, Refused, Release
+from ..vocabulary.states import Cause, Status
+from . import codec, declare, signatures
+
+#: Seconds until a child of another database's batch is offered again.
+_WRONG_STORE_DELAY = 10
+
+_local = threading.local()
+
+
+def current_run() -> Run | None:
+    """The tracked run of this thread, innermost first; None outside a child."""
+    runs = getattr(_local, "runs", None)
+    return runs[-1] if runs else None
+
+
+def ticket_of(request: Any) -> Ticket | None:
+    """The ticket in a task's request; in a worker it is an attribute, in eager mode a header."""
+    header = getattr(request, HEADER, None)
+    if header is None:
+        headers = getattr(request, "headers", None)
+        header = headers.get(HEADER) if isinstance(headers, dict) else None
+    return Ticket.from_header(header) if header is not None else None
+
+
+class TrackedTask:
+    """Mixed into the class of every task. Outside a batch it does nothing but look for a header."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = self.request
+        if request.called_directly or getattr(request, "_batchtrack_entered", False):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        request._batchtrack_entered = True  # a direct call of the same task from within is not the child
+        ticket = ticket_of(request)
+        if ticket is None:
+            return _call_through(super(), self, args, kwargs)
+        return _tracked(self, super(), ticket, args, kwargs)
+
+    def replace(self: Any, sig: Any) -> Any:
+        if current_run() is not None and ticket_of(self.request) is not None:
+            raise errors.UnsupportedCanvas(
+                f"{self.name} calls self.replace() inside a batch, which this version cannot track"
+            )
+        return super().replace(sig)  # type: ignore[misc]
+
+
+def track(task: Any, request_mixin: type) -> None:
+    """Give the task its own class with the wrapper, and a Request class with the main process's hooks."""
+    cls = type(task)
+    if issubclass(cls, TrackedTask) or not isinstance(task, Task):
+        return
+    own_request = symbol_by_name(cls.Request)
+    members = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "Request": type("TrackedRequest", (request_mixin, own_request), {"__module__": own_request.__module__}),
+    }
+    task.__class__ = type(cls.__name__, (TrackedTask, cls), members)
+
+
+def _call_through(parent: Any, task: Any, args: Any, kwargs: Any) -> Any:
+    """Call what the tracer would have called without us.
+
+    Celery's own `Task.__call__` pushes a fresh request when it is not called by the tracer itself (eager
+    mode): the task would lose its id. A class of the user's with its own `__call__` is called as it is.
+    """
+    if parent.__call__.__func__ is Task.__call__:
+        return task.run(*args, **kwargs)
+    return parent.__call__(*args, **kwargs)
+
+
+def _tracked(task: Any, parent: Any, ticket: Ticket, args: Any, kwargs: Any) -> Any:
+    extension = task.app.batchtrack
+    runner: Runner = extension.runner
+    if ticket.store_id != _store_id(runner, ticket):
+        _send_elsewhere(task, runner, ticket)
+    policy = declare.policy_of(task, runner.tracker.settings.max_crashes).as_option()
+    runs = _local.__dict__.setdefault("runs", [])
+    run = runner.claim(ticket, task.name, policy, depth=len(runs))
+    if isinstance(run, Refused):
+        raise Ignore(run.reason)
+    _note_attempt(task.request, run)
+    runs.append(run)
+    try:
+        try:
+            result = _call_through(parent, task, *_bound(task, ticket, args, kwargs))
+            text = codec.dumps(result)
+        except BaseException as error:
+            _ended_badly(task, runner, run, error)
+        runner.settle(run, Ending(Status.COMPLETED, result=text))
+        return result
+    finally:
+        runs.remove(run)
+
+
+def _store_id(runner: Runner, ticket: Ticket) -> Any:
+    try:
+        return runner.tracker.store_id
+    except errors.DatabaseUnavailable:
+        return ticket.store_id  # cannot be told yet: the claim waits for the database
+    except errors.SchemaError as error:
+        raise Ignore(str(error)) from error  # the row stays pending; the worker's log says what to do
+
+
+def _send_elsewhere(task: Any, runner: Runner, ticket: Ticket) -> None:
+    """This worker uses another tracking database: the message goes back, with a delay, never in a hot loop."""
+    from .narrate import logger
+
+    logger.error(
+        "action=wrong_store %s belongs to tracking database %s, this worker uses %s (%s): the message is sent "
+        "back; point batchtrack_database_url of all workers at one database",
+        ticket.key, ticket.store_id, runner.tracker.store_id, runner.tracker.store.shown_url,
+    )  # fmt: skip
+    task.signature_from_request(task.request, countdown=_WRONG_STORE_DELAY).apply_async()
+    raise Ignore("the tracking database is another")
+
+
+def _note_attempt(request: Any, run: Run) -> None:
+    """Celery's retry publishes the request's own headers: they must name the next stage of the row."""
+    ticket = run.ticket
+    header = Ticket(ticket.store_id, ticket.key, run.attempt, ticket.kind, ticket.errback).as_header()
+    setattr(request, HEADER, header)
+    if isinstance(request.headers, dict):
+        request.headers[HEADER] = header
+    else:
+        request.headers = {HEADER: header}
+
+
+def _bound(task: Any, ticket: Ticket, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """New-style Celery errbacks take (request, exception, traceback), which no message can carry."""
+    if ticket.errback is None or not arity_greater(task.__header__, 1):
+        return args, kwargs
+    body_id, text = ticket.errback
+    request = Context(id=body_id, errbacks=None, callbacks=None)
+    return (request, ChordError(text), None, *args[1:]), kwargs
+
+
+def _ended_badly(task: Any, runner: Runner, run: Run, error: BaseException) -> NoReturn:
+    """Settle or release the row by what was raised, and raise what Celery should see."""
+    if _is_shutdown(error):
+        raise error  # not the user's: the main process knows why, and judges
+    if isinstance(error, Retry):
+        runner.release(run, _retry(task, error))
+        raise error
+    if isinstance(error, Reject):
+        _rejected(task, runner, run, error)
+        raise error
+    if isinstance(error, Ignore):
+        runner.settle(run, _unhappy(runner, run, Status.CANCELLED, Cause.IGNORED, error))
+        raise error
+    cause = Cause.EXCEPTION
+    if isinstance(error, SoftTimeLimitExceeded):
+        cause = Cause.SOFT_TIME_LIMIT
+    elif isinstance(error, errors.NotSerialisable):
+        cause = Cause.UNSERIALISABLE
+    runner.settle(run, _unhappy(runner, run, Status.FAILED, cause, error))
+    tamed = _tame(error)
+    if tamed is error:
+        raise error
+    raise tamed from error
+
+
+def _is_shutdown(error: BaseException) -> bool:
+    """Billiard's SIGTERM handler raises ``SystemExit(-(256 - signal))`` in a pool process."""
+    if isinstance(error, (WorkerShutdown, WorkerTerminate)):
+        return True
+    if not isinstance(error, SystemExit) or not isinstance(error.code, int):
+        return False
+    return -256 < error.code <= -192 and _in_pool_process()
+
+
+def _in_pool_process() -> bool:
+    from billiard.process import current_process
+
+    return bool(getattr(current_process(), "daemon", False)) or current_process()._parent_pid is not None
+
+
+def _retry(task: Any, error: Retry) -> Release:
+    request, when = task.request, error.when
+    seconds = float(when) if isinstance(when, (int, float)) else None
+    changed = None
+    if error.sig is not None and (
+        list(error.sig.args or ()) != list(request.args or ()) or dict(error.sig.kwargs or {}) != dict(request.kwargs or {})
+    ):
+        with contextlib.suppress(errors.NotSerialisable):
+            changed = signatures.stored(error.sig)
+    evidence = Evidence(Cause.RETRY, message=str(error.exc or error.message or "retry"))
+    return Release(
+        countdown=seconds, eta=when if seconds is None else None, retries=request.retries + 1,
+        signature=changed, sent=True, evidence=evidence if error.exc is not None else None,
+    )  # fmt: skip
+
+
+def _rejected(task: Any, runner: Runner, run: Run, error: Reject) -> None:
+    if error.requeue:
+        runner.release(run, Release())
+    elif isinstance(error.reason, OperationalError):
+        # self.retry() that could not reach the broker: the row goes back, and a sweep sends it.
+        runner.release(
+            run, Release(countdown=float(task.default_retry_delay or 0), retries=task.request.retries + 1)
+        )
+    else:
+        runner.settle(run, _unhappy(runner, run, Status.FAILED, Cause.REJECTED, error))
+
+
+def _unhappy(runner: Runner, run: Run, status: Status, cause: Cause, error: BaseException) -> Ending:
+    evidence = runner.worker.evidence(
+        cause, run.slot, None, message=_message(error),
+        traceback="".join(traceback.format_exception(error)) if cause is not Cause.IGNORED else None,
+    )  # fmt: skip
+    return Ending(status, cause=cause, evidence=evidence)
+
+
+def _message(error: BaseException) -> str:
+    with contextlib.suppress(Exception):
+        return repr(error)
+    return type(error).__name__
+
+
+def _tame(error: BaseException) -> BaseException:
+    """An exception that Celery can carry: `MemoryError` ends its whole worker, `SystemExit` the process."""
+    if isinstance(error, Exception) and not isinstance(error, MemoryError) and _survives_pickling(error):
+        return error
+    return errors.ChildError(f"{type(error).__name__}: {error}")
+
+
+def _survives_pickling(error: Exception) -> bool:
+    try:
+        return isinstance(pickle.loads(pickle.dumps(error)), type(error))
+    except Exception:
+        return False
+
+
+__all__ = ["TrackedTask", "current_run", "ticket_of", "track"]

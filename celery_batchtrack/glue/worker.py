@@ -1,0 +1,130 @@
+"""Bootsteps of a Celery worker: identity and threads before the pool forks, hooks in the consumer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import bootsteps, signals
+
+from .. import errors
+from ..vocabulary.ids import HEADER, Ticket
+from ..vocabulary.states import Cause, Status
+
+logger = logging.getLogger("celery_batchtrack")
+
+#: Seconds between two looks for dead pool processes. Celery's own take up to 5 s.
+_MAINTAIN_POOL_EVERY = 0.25
+
+
+class AttendanceStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Starts the pulse and the attendant. They outlive the pool: see `BatchTrack.end_worker`."""
+
+    label = "batchtrack"
+    requires = ("celery.worker.components:Hub", "celery.worker.components:Pool")
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        self.enabled = worker.app.batchtrack.wanted_in_worker()
+
+    def create(self, worker: Any) -> None:
+        """Before the pool forks: its processes inherit the identity."""
+        pool = _pool_name(worker)
+        if pool in ("gevent", "eventlet"):
+            raise errors.ImproperlyConfigured(
+                f"celery-batchtrack does not support -P {pool} yet: many greenlets share a thread, and its crash "
+                "detection would mistake them. Use -P prefork, threads or solo, or leave BatchTrack(app) out"
+            )
+        worker.app.batchtrack.begin_worker(worker.hostname, pool)
+
+    def start(self, worker: Any) -> None:
+        worker.app.batchtrack.attend()
+        hub = getattr(worker, "hub", None)
+        if hub is not None and hasattr(worker.pool, "maintain_pool"):
+            hub.call_repeatedly(_MAINTAIN_POOL_EVERY, worker.pool.maintain_pool)
+
+    def stop(self, worker: Any) -> None:
+        """Nothing: Celery stops dependents first, and the pool's children are still running."""
+
+    terminate = stop
+
+
+def _pool_name(worker: Any) -> str:
+    return str(worker.pool_cls.__module__).rsplit(".", 1)[-1]
+
+
+class UndecodableStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Hears of messages whose body cannot be decoded: Celery acknowledges them and sends no signal."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        original = type(consumer).on_decode_error
+
+        def on_decode_error(message: Any, error: Exception) -> Any:
+            refused(consumer.app, message, f"{type(error).__name__}: {error}")
+            return original(consumer, message, error)
+
+        consumer.on_decode_error = on_decode_error
+
+
+def refused(app: Any, message: Any, text: str) -> None:
+    _unstarted(app, message, Cause.CONTENT_REFUSED, text)
+
+
+def _unstarted(app: Any, message: Any, cause: Cause, text: str) -> None:
+    ticket = Ticket.from_header((message.headers or {}).get(HEADER))
+    attendant = app.batchtrack.attendant
+    if ticket is not None and attendant is not None:
+        attendant.unstarted(ticket, Status.FAILED, cause, text)
+
+
+def connect(extension: Any) -> None:
+    """Connect the worker's signals for one app. Signals are global: each receiver filters by its app."""
+    app = extension.app
+
+    def unknown(sender: Any = None, message: Any = None, name: str = "", **_: Any) -> None:
+        if sender is not None and sender.app is app:
+            _unstarted(app, message, Cause.NOT_REGISTERED, f"no worker here knows the task {name!r}")
+
+    def rejected(sender: Any = None, message: Any = None, exc: Any = None, **_: Any) -> None:
+        if sender is not None and sender.app is app:
+            refused(app, message, f"{type(exc).__name__}: {exc}")
+
+    def revoked(
+        sender: Any = None, request: Any = None, terminated: bool = False, expired: bool = False, **_: Any
+    ) -> None:
+        if getattr(sender, "app", None) is not app or extension.attendant is None:
+            return
+        from .tracked_task import ticket_of
+
+        ticket = ticket_of(request)
+        if ticket is None:
+            return
+        if terminated:
+            extension.attendant.terminated(ticket, "revoked with terminate")
+        else:
+            cause = Cause.EXPIRED if expired else Cause.REVOKED
+            text = "expired before it started" if expired else "revoked before it started"
+            extension.attendant.unstarted(ticket, Status.CANCELLED, cause, text)
+
+    def process_shutdown(**_: Any) -> None:
+        extension.end_pool_process()
+
+    def shutdown(sender: Any = None, **_: Any) -> None:
+        if getattr(sender, "app", None) is app:
+            extension.end_worker()
+
+    def initialised(sender: Any = None, **_: Any) -> None:
+        if getattr(sender, "app", None) is app:
+            extension.track_tasks()
+
+    for signal, receiver in (
+        (signals.task_unknown, unknown),
+        (signals.task_rejected, rejected),
+        (signals.task_revoked, revoked),
+        (signals.worker_process_shutdown, process_shutdown),
+        (signals.worker_shutdown, shutdown),
+        (signals.worker_init, initialised),
+    ):
+        signal.connect(receiver, weak=False, dispatch_uid=f"batchtrack-{id(app)}-{receiver.__name__}")

@@ -1,0 +1,1 @@
+"""Runnable examples. Not part of the installed package."""
