@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 from ..vocabulary import events
@@ -41,7 +41,8 @@ class Death:
     signal: str | None = None
     exit_code: int | None = None
     message: str | None = None
-    died_at: datetime | None = None
+    #: By this process's monotonic clock; only the time since then is told to the database.
+    noticed: float = field(default_factory=time.monotonic)
 
 
 def process_died(tracker: Tracker, worker: WorkerIdentity, boxes: Boxes, death: Death) -> int:
@@ -75,7 +76,7 @@ def _evidence_of(worker: WorkerIdentity, death: Death, phase: str = "running") -
     return Evidence(
         death.cause, phase=phase, signal=death.signal, exit_code=death.exit_code, message=death.message,
         hostname=worker.host.hostname, worker=worker.name, pid=death.pid, detected_by=Detector.MAIN,
-        died_at=death.died_at,
+        died_ago=max(0.0, time.monotonic() - death.noticed),
     )  # fmt: skip
 
 
@@ -253,12 +254,9 @@ class Sweeper:
         return run.deliver_spool(self.tracker, self._boxes_of(worker))
 
     def _lost(self, worker: WorkerRow, by: Detector, done: Sweep, beat: int | None = None) -> None:
-        if self.tracker.store.lose(worker.id, by, beat):
+        if self.tracker.store.lose(worker.id, by, beat) and worker.kind == "worker":
             done.lost_workers += 1
-            if worker.kind == "worker":
-                self.tracker.emit(
-                    events.WorkerLost(worker.id, worker.name, worker.hostname, worker.pid, by)
-                )
+            self.tracker.emit(events.WorkerLost(worker.id, worker.name, worker.hostname, worker.pid, by))
 
     def _lose_by_lease(self, done: Sweep, *, may_convict: bool) -> None:
         store = self.tracker.store
@@ -322,7 +320,7 @@ class Sweeper:
         for batch_id in tracker.store.unfinished():
             done.finished += finish.look(tracker, batch_id) is not None
         done.dispatched += dispatch.pump(tracker)
-        done.redispatched += dispatch.redispatch(tracker)
+        done.redispatched += dispatch.redispatch(tracker, worker_lost=done.lost_workers > 0)
 
 
 def _worker_evidence(
@@ -330,5 +328,6 @@ def _worker_evidence(
 ) -> Evidence:
     pid = slot_process(row.slot)[0] if row.slot else worker.pid
     return Evidence(
-        cause, message=message, hostname=worker.hostname, worker=worker.name, pid=pid, detected_by=detector
-    )
+        cause, message=message, hostname=worker.hostname, worker=worker.name, pid=pid, detected_by=detector,
+        died_at=worker.stopped_at or worker.beat_at,  # the last sign of life
+    )  # fmt: skip

@@ -36,19 +36,25 @@ def pump(tracker: Tracker, batch_id: uuid.UUID | None = None) -> int:
             return sent
 
 
-def redispatch(tracker: Tracker) -> int:
+#: A worker was just lost: messages that it had prefetched are gone, or held back by the broker for long.
+AFTER_A_LOSS = 2.0
+
+
+def redispatch(tracker: Tracker, *, worker_lost: bool = False) -> int:
     """Publish again what has been pending for long after its last publish. Returns how many.
 
     Long is `redispatch_after` where the queue is empty (so the message is gone, or prefetched), else
-    `redispatch_wait`; both double with every publish.
+    `redispatch_wait`; both double with every publish. When a worker was just lost, an empty queue alone
+    says enough.
     """
-    after = tracker.settings.redispatch_after
+    after = min(AFTER_A_LOSS, tracker.settings.redispatch_after) if worker_lost else tracker.settings.redispatch_after
     lengths: dict[str | None, int | None] = {}
     keys: list[ChildKey] = []
     for queue, task, waited, dispatches, key in tracker.store.overdue(after):
         if queue not in lengths:
             lengths[queue] = tracker.publisher.queue_length(queue, task)
-        if waited >= _patience(tracker, dispatches, empty=lengths[queue] == 0):
+        empty = lengths[queue] == 0
+        if (worker_lost and empty) or waited >= _patience(tracker, dispatches, empty=empty):
             keys.append(key)
     taken = tracker.store.take_again(keys, after)
     failed = _send(tracker, taken)

@@ -759,9 +759,8 @@ class Transport(virtual.Transport):  # type: ignore[misc]
         super().__init__(client, **kwargs)
         self.folder = broker_folder(folder_path(client.hostname, client.transport_options))
         self.state = self.folder.state
-        self._loop: Any = None
         self._timer: Any = None
-        self._woken = False
+        self._bell: _Bell | None = None
 
     def driver_version(self) -> str:
         return "1"
@@ -773,21 +772,21 @@ class Transport(virtual.Transport):  # type: ignore[misc]
     def close_connection(self, connection: Any) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._loop = self._timer = None
+        if self._bell is not None:
+            self._bell.close()
+        self._timer = self._bell = None
         super().close_connection(connection)
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        self._loop = loop
+        self._bell = _Bell(loop, self._poll)
         self._timer = loop.call_repeatedly(self.polling_interval, self._poll)
 
     def wake(self) -> None:
         """Look for messages in the loop's next turn instead of after the polling interval."""
-        if self._loop is not None and not self._woken:
-            self._woken = True
-            self._loop.call_soon(self._poll)
+        if self._bell is not None:
+            self._bell.ring()
 
     def _poll(self) -> None:
-        self._woken = False
         deadline = monotonic() + BURST
         try:
             while monotonic() < deadline:
@@ -795,6 +794,45 @@ class Transport(virtual.Transport):  # type: ignore[misc]
         except Empty:
             return
         self.wake()
+
+
+class _Bell:
+    """Makes the event loop call a function at once, from any thread.
+
+    A pipe, because what kombu's ``call_soon`` is given while the loop runs its callbacks waits for the next
+    event or timer.
+    """
+
+    def __init__(self, loop: Any, function: Callable[[], None]) -> None:
+        self._loop, self._function = loop, function
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self._lock = threading.Lock()
+        self._rung = False
+        loop.add_reader(self._reader, self._answer)
+
+    def ring(self) -> None:
+        with self._lock:
+            if not self._rung and self._writer >= 0:
+                self._rung = True
+                os.write(self._writer, b"!")
+
+    def _answer(self) -> None:
+        with self._lock:
+            if self._writer < 0:
+                return
+            self._rung = False
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._reader, 64)
+        self._function()
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # the loop may be closed already, and says so in many ways
+            self._loop.remove_reader(self._reader)
+        with self._lock:
+            os.close(self._reader)
+            os.close(self._writer)
+            self._writer = -1
 
 
 def folder_path(hostname: str | None, options: dict[str, Any]) -> Path:

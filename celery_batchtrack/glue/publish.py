@@ -103,8 +103,10 @@ class BrokerPublisher:
         try:
             with self.app.connection_for_write() as connection, connection.channel() as channel:
                 return int(channel.queue_declare(queue=name, passive=True).message_count)
-        except (OperationalError, OSError, *_broker_errors(self.app)):
-            return None  # no such queue (yet), or no broker
+        except _channel_errors(self.app):
+            return 0  # no such queue: nothing is in it (Redis forgets an empty one)
+        except (OperationalError, OSError):
+            return None
 
     def terminate(self, task_ids: Sequence[str]) -> None:
         """Broadcast a revoke with terminate. The workers' own reconciliation finds what it misses."""
@@ -112,9 +114,8 @@ class BrokerPublisher:
             self.app.control.revoke(list(task_ids), terminate=True)
 
 
-def _broker_errors(app: Any) -> tuple[type[Exception], ...]:
-    connection = app.connection_for_write()
-    return tuple(connection.channel_errors) + tuple(connection.connection_errors)
+def _channel_errors(app: Any) -> tuple[type[Exception], ...]:
+    return tuple(app.connection_for_write().channel_errors)
 
 
 def _say(error: BaseException) -> str:

@@ -391,7 +391,7 @@ def record(
             exit_code=evidence.exit_code, message=_text(evidence.message), traceback=_text(evidence.traceback),
             hostname=evidence.hostname, worker=evidence.worker, pid=evidence.pid,
             detected_by=evidence.detected_by, verdict=verdict,
-            died_at=evidence.died_at or now(), detected_at=now(),
+            died_at=evidence.died_at or later(-evidence.died_ago), detected_at=now(),
         )
     )  # fmt: skip
 

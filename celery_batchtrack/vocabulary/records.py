@@ -131,7 +131,9 @@ class Evidence:
     worker: str | None = None
     pid: int | None = None
     detected_by: Detector | None = None
-    died_at: datetime | None = None  # None: the database's clock at the time of writing
+    #: When it died: a moment of the database's, or seconds before the evidence is written.
+    died_at: datetime | None = None
+    died_ago: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
