@@ -5,17 +5,50 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
 
-from . import errors, signals
-from .glue.batch import Batch
-from .glue.chord import chord
-from .glue.cluster import LocalCluster
-from .glue.current import current_batch, current_child
-from .glue.declare import tracked
-from .glue.extension import BatchTrack
-from .glue.options import BatchOptions
-from .vocabulary.policies import Tolerance
+if TYPE_CHECKING:
+    from . import errors, signals
+    from .glue.batch import Batch
+    from .glue.chord import chord
+    from .glue.cluster import LocalCluster
+    from .glue.current import current_batch, current_child
+    from .glue.declare import tracked
+    from .glue.extension import BatchTrack
+    from .glue.options import BatchOptions
+    from .vocabulary.policies import Tolerance
+else:
+    # Imported at first use: every `celery` command imports this package for its command line, also
+    # where no application uses it, and SQLAlchemy alone would cost a quarter of a second.
+    _HOMES = {
+        "Batch": "glue.batch",
+        "BatchOptions": "glue.options",
+        "BatchTrack": "glue.extension",
+        "LocalCluster": "glue.cluster",
+        "Tolerance": "vocabulary.policies",
+        "chord": "glue.chord",
+        "current_batch": "glue.current",
+        "current_child": "glue.current",
+        "errors": "errors",
+        "signals": "signals",
+        "tracked": "glue.declare",
+    }
+
+    def __getattr__(name):
+        home = _HOMES.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{__name__}.{home}")
+        value = module if home == name else getattr(module, name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *_HOMES})
+
 
 __all__ = [
     "Batch",

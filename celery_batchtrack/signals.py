@@ -15,15 +15,11 @@ from __future__ import annotations
 from celery.utils.dispatch import Signal
 
 batch_ended = Signal(name="batch_ended", providing_args={"batch_id", "name", "status"})
-child_settled = Signal(
-    name="child_settled", providing_args={"batch_id", "position", "task", "status", "attempt"}
-)
+child_settled = Signal(name="child_settled", providing_args={"batch_id", "position", "task", "status", "attempt"})
 child_crashed = Signal(
     name="child_crashed",
     providing_args={"batch_id", "position", "task", "attempt", "evidence", "runs_again", "items"},
 )
-worker_lost = Signal(
-    name="worker_lost", providing_args={"worker_id", "name", "hostname", "pid", "detected_by"}
-)
+worker_lost = Signal(name="worker_lost", providing_args={"worker_id", "name", "hostname", "pid", "detected_by"})
 
 __all__ = ["batch_ended", "child_crashed", "child_settled", "worker_lost"]

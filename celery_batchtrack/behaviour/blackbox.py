@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from celery_batchtrack.vocabulary.ids import ChildKey
+
 from . import hosts
-from ..vocabulary.ids import ChildKey
 
 SIZE = 4096
 _MAGIC = b"BTK1"
@@ -63,6 +64,8 @@ class Page:
         self._map: mmap.mmap | None = None
         self._file: int | None = None
         self._sequence = 0
+        #: Tokens of claims that got no answer: they may have committed, but nothing ran.
+        self.given_up: set[uuid.UUID] = set()
         if path is not None:
             self._open(path)
 
@@ -81,6 +84,11 @@ class Page:
     def phase(self, phase: Phase) -> None:
         if self._map is not None:
             self._write(bytes((phase,)))
+
+    def give_up(self, token: uuid.UUID) -> None:
+        """The claim was not answered in time."""
+        self.phase(Phase.GAVE_UP)
+        self.given_up.add(token)
 
     def clear(self) -> None:
         """The run is over and written."""
@@ -107,10 +115,10 @@ def read(path: Path) -> PageState | None:
     """What a page says, or None if there is none, or it is torn (its writer died in mid-write)."""
     with contextlib.suppress(OSError):
         for _ in range(3):
-            data = path.read_bytes()
+            data, again = path.read_bytes(), path.read_bytes()  # a copy is no snapshot: two must agree
             if len(data) < _RUN_AT + _RUN.size or data[: len(_MAGIC)] != _MAGIC:
                 return None
-            if _SEQUENCE.unpack_from(data, _SEQUENCE_AT)[0] % 2 == 0:
+            if data == again and _SEQUENCE.unpack_from(data, _SEQUENCE_AT)[0] % 2 == 0:
                 return _state(data)
     return None
 
@@ -229,6 +237,15 @@ class Boxes:
         if self._alive is not None:
             os.close(self._alive)
             self._alive = None
+
+
+def with_spool(base: Path | None) -> set[uuid.UUID]:
+    """Worker boots below `base` whose folder holds undelivered outcomes."""
+    found: set[uuid.UUID] = set()
+    for path in () if base is None else base.glob("*/spool/*.json"):
+        with contextlib.suppress(ValueError):
+            found.add(uuid.UUID(path.parent.parent.name))
+    return found
 
 
 def held(path: Path) -> bool | None:

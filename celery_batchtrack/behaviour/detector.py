@@ -16,11 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..vocabulary import events
-from ..vocabulary.ids import ChildKey, Ticket
-from ..vocabulary.policies import RerunPolicy
-from ..vocabulary.records import ChildRow, Evidence, HostIdentity, WorkerRow
-from ..vocabulary.states import Cause, Detector, EndReason, Status, Verdict
+from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.ids import ChildKey, Ticket
+from celery_batchtrack.vocabulary.policies import RerunPolicy
+from celery_batchtrack.vocabulary.records import ChildRow, Evidence, HostIdentity, WorkerRow
+from celery_batchtrack.vocabulary.states import Cause, Detector, EndReason, Status, Verdict
+
 from . import blackbox, dispatch, finish, hosts, recovery, run
 from .blackbox import Boxes, PageState, Phase, slot_process
 from .identity import WorkerIdentity
@@ -62,9 +63,7 @@ def process_died(tracker: Tracker, worker: WorkerIdentity, boxes: Boxes, death: 
     return written
 
 
-def _died_before_claim(
-    tracker: Tracker, worker: WorkerIdentity, death: Death, ticket: Ticket
-) -> bool:
+def _died_before_claim(tracker: Tracker, worker: WorkerIdentity, death: Death, ticket: Ticket) -> bool:
     row = tracker.store.child(ticket.key)
     if row is None or row.status != Status.PENDING or row.attempt != ticket.attempt:
         return False
@@ -99,14 +98,11 @@ class Reconciler:
 
     def beat(self) -> None:
         """One comparison: rows first, then pages."""
-        self._deliver_spools_of_the_dead()
+        run.deliver_spool(self.tracker, self.boxes)  # idempotent, where a process delivers its own
         rows = self.tracker.store.running_of(self.worker.id)
         pages = {slot: blackbox.read(path) for slot, path in self.boxes.pages()}
         self._convict_orphans(rows, pages)
         self._terminate_zombies(rows, pages)
-
-    def _deliver_spools_of_the_dead(self) -> None:
-        run.deliver_spool(self.tracker, self.boxes, lambda spooled: _slot_gone(spooled.slot) is True)
 
     def _convict_orphans(self, rows: list[ChildRow], pages: dict[str, PageState | None]) -> None:
         seen: set[tuple[ChildKey, uuid.UUID]] = set()
@@ -122,9 +118,7 @@ class Reconciler:
                 self._convict(row, why, pages)
         self._orphans = seen
 
-    def _why_orphan(
-        self, slot: str, token: uuid.UUID, pages: dict[str, PageState | None]
-    ) -> str | None:
+    def _why_orphan(self, slot: str, token: uuid.UUID, pages: dict[str, PageState | None]) -> str | None:
         if _slot_gone(slot) is True:
             return "gone"
         page = pages.get(slot)
@@ -213,11 +207,21 @@ class Sweeper:
         """One pass of the crash detector. Any number may run at once: every verdict is guarded."""
         done = Sweep()
         may_convict = self.tracker.store.begin_sweep(self.by, self.tracker.settings.detect_every)
+        self._replay_spools(done)
         self._lose_by_host(done)
         self._lose_by_lease(done, may_convict=may_convict)
         self._settle_orphans(done)
         self._tend_batches(done)
         return done
+
+    def _replay_spools(self, done: Sweep) -> None:
+        """Ends that processes of this host could not write, before any verdict about their runs: also those of
+        workers that others have found lost already. The folder may be shared with another database's."""
+        waiting = blackbox.with_spool(self.base)
+        if waiting:
+            for worker in self.tracker.store.workers(all=True, limit=10_000):
+                if worker.id in waiting:
+                    done.delivered += self._deliver_spool_of(worker)
 
     def _lose_by_host(self, done: Sweep) -> None:
         for worker in self.tracker.store.live_workers():
@@ -232,8 +236,7 @@ class Sweeper:
             return self._lock_is_free(worker)
         own_pid = self.own is not None and self.own.kind == "worker" and worker.kind == "worker"
         if own_pid and self.own is not None and worker.pid == self.own.pid:
-            # SIGHUP restarts by execv: same pid, same start time, another boot.
-            return worker.pid_started == self.own.pid_started
+            return True  # another boot: SIGHUP restarts by execv (same pid, same start time), or the pid came again
         return hosts.gone(worker.pid, worker.pid_started) is True
 
     def _same_host(self, worker: WorkerRow) -> bool:
@@ -323,9 +326,7 @@ class Sweeper:
         done.redispatched += dispatch.redispatch(tracker, worker_lost=done.lost_workers > 0)
 
 
-def _worker_evidence(
-    worker: WorkerRow, row: ChildRow, cause: Cause, detector: Detector, message: str
-) -> Evidence:
+def _worker_evidence(worker: WorkerRow, row: ChildRow, cause: Cause, detector: Detector, message: str) -> Evidence:
     pid = slot_process(row.slot)[0] if row.slot else worker.pid
     return Evidence(
         cause, message=message, hostname=worker.hostname, worker=worker.name, pid=pid, detected_by=detector,

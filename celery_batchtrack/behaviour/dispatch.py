@@ -8,12 +8,14 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
-from ..vocabulary import events
-from ..vocabulary.ids import ChildKey, Ticket
-from ..vocabulary.records import ChildRow, Evidence, Outgoing
-from ..vocabulary.states import Cause, Kind, Status
-from . import report
+from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.ids import ChildKey, Ticket
+from celery_batchtrack.vocabulary.records import ChildRow, Evidence, Outgoing
+from celery_batchtrack.vocabulary.states import Cause, Kind, Status
+
+from . import failpoints, report
 from .tracker import Message, NotSent, Tracker, declared_callback
 
 #: No redispatch wait grows beyond this, in seconds.
@@ -30,9 +32,10 @@ def pump(tracker: Tracker, batch_id: uuid.UUID | None = None) -> int:
     chunk = tracker.settings.dispatch_chunk
     while True:
         taken = tracker.store.take_undispatched(batch_id, chunk)
-        failed = _send(tracker, taken)
-        sent += len(taken) - failed
-        if len(taken) < chunk or failed:
+        failpoints.reach("dispatch.stamped")
+        failures = _send(tracker, taken)
+        sent += len(taken) - len(failures)
+        if len(taken) < chunk or any(not each.final for each in failures):
             return sent
 
 
@@ -48,19 +51,20 @@ def redispatch(tracker: Tracker, *, worker_lost: bool = False) -> int:
     says enough.
     """
     after = min(AFTER_A_LOSS, tracker.settings.redispatch_after) if worker_lost else tracker.settings.redispatch_after
-    lengths: dict[str | None, int | None] = {}
+    lengths: dict[tuple[str | None, str], int | None] = {}
     keys: list[ChildKey] = []
     for queue, task, waited, dispatches, key in tracker.store.overdue(after):
-        if queue not in lengths:
-            lengths[queue] = tracker.publisher.queue_length(queue, task)
-        empty = lengths[queue] == 0
+        where = (queue, "" if queue else task)  # without a queue of its own, a task goes where it is routed
+        if where not in lengths:
+            lengths[where] = tracker.publisher.queue_length(queue, task)
+        empty = lengths[where] == 0
         if (worker_lost and empty) or waited >= _patience(tracker, dispatches, empty=empty):
             keys.append(key)
     taken = tracker.store.take_again(keys, after)
-    failed = _send(tracker, taken)
+    failures = _send(tracker, taken)
     for batch_id, count in Counter(each.child.batch_id for each in taken).items():
         tracker.emit(events.Redispatched(batch_id, count))
-    return len(taken) - failed
+    return len(taken) - len(failures)
 
 
 def _patience(tracker: Tracker, dispatches: int, *, empty: bool) -> float:
@@ -69,10 +73,10 @@ def _patience(tracker: Tracker, dispatches: int, *, empty: bool) -> float:
     return min(LONGEST_WAIT, base * 2.0 ** min(20, max(0, dispatches - 1)))
 
 
-def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> int:
-    """Publish taken rows; what could not be sent is due again, or settled. Returns how many failed."""
+def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> list[NotSent]:
+    """Publish taken rows; what could not be sent is due again, or settled. Returns what failed."""
     if not taken:
-        return 0
+        return []
     try:
         failures = tracker.publisher.publish([_message(tracker, each) for each in taken])
     except BaseException:
@@ -83,7 +87,7 @@ def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> int:
         tracker.store.give_back(again)
     for failure in failures:
         _report_failure(tracker, failure)
-    return len(failures)
+    return failures
 
 
 def _report_failure(tracker: Tracker, failure: NotSent) -> None:
@@ -101,11 +105,11 @@ def _message(tracker: Tracker, out: Outgoing) -> Message:
     row, batch = out.child, out.batch
     ticket = Ticket(tracker.store_id, row.key, row.attempt, row.kind)
     if row.kind == Kind.CHILD:
-        return Message(row, batch, ticket)
+        keep = batch.options.get("results") != "none"
+        return Message(row, batch, replace(ticket, keep_result=keep))
     body_id = declared_callback(batch, row).get("errback")
     if body_id is not None:
-        ticket = Ticket(ticket.store_id, row.key, row.attempt, row.kind, (body_id, _dependency(tracker, row)))
-        return Message(row, batch, ticket, (body_id,))
+        return Message(row, batch, replace(ticket, errback=(body_id, _dependency(tracker, row))), (body_id,))
     return Message(row, batch, ticket, _callback_arguments(tracker, out))
 
 

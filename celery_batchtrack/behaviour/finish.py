@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import uuid
 
-from ..vocabulary import events
-from ..vocabulary.ids import ChildKey
-from ..vocabulary.records import Finished, Settled
-from ..vocabulary.states import EndReason
-from . import dispatch
+from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.ids import ChildKey
+from celery_batchtrack.vocabulary.records import Finished, Settled
+from celery_batchtrack.vocabulary.states import EndReason
+
+from . import dispatch, failpoints
 from .tracker import Tracker
 
 
 def after(tracker: Tracker, key: ChildKey, settled: Settled) -> None:
     """What follows a settle's commit: the finish check, and callbacks that became due."""
-    if settled.look and look(tracker, key.batch_id):
-        return
-    if settled.callbacks:
+    finished = look(tracker, key.batch_id) if settled.look else None
+    if settled.callbacks and not (finished and finished.callbacks):
         dispatch.pump(tracker, key.batch_id)
 
 
@@ -24,6 +24,7 @@ def look(tracker: Tracker, batch_id: uuid.UUID) -> Finished | None:
     """End the batch if nothing of it is open, and publish its callbacks."""
     finished = tracker.store.finish(batch_id)
     if finished is not None:
+        failpoints.reach("finish.committed")
         _announce(tracker, finished)
     return finished
 
@@ -32,6 +33,7 @@ def seal(tracker: Tracker, batch_id: uuid.UUID) -> bool:
     """No more children: dispatch starts. A batch without children ends at once."""
     if not tracker.store.seal(batch_id):
         return False
+    failpoints.reach("seal.committed")
     started(tracker, batch_id)
     return True
 

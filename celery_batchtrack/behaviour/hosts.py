@@ -11,7 +11,7 @@ import os
 import socket
 from pathlib import Path
 
-from ..vocabulary.records import HostIdentity
+from celery_batchtrack.vocabulary.records import HostIdentity
 
 _PROC = Path("/proc")
 
@@ -22,7 +22,7 @@ def identity() -> HostIdentity:
     with contextlib.suppress(OSError):
         boot_id = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
     with contextlib.suppress(OSError):
-        namespace = os.readlink("/proc/self/ns/pid")
+        namespace = str(Path("/proc/self/ns/pid").readlink())
     return HostIdentity(socket.gethostname(), boot_id, namespace)
 
 

@@ -6,8 +6,9 @@ import os
 import uuid
 from dataclasses import dataclass, field
 
-from ..vocabulary.records import Evidence, HostIdentity, NewWorker
-from ..vocabulary.states import Cause, Detector
+from celery_batchtrack.vocabulary.records import Evidence, HostIdentity, NewWorker
+from celery_batchtrack.vocabulary.states import Cause, Detector
+
 from . import hosts
 from .blackbox import slot_process
 
@@ -29,11 +30,14 @@ class WorkerIdentity:
             self.id, self.kind, self.name[:255], self.host, self.pid, self.pid_started, self.pool[:32], lease, version
         )
 
-    def evidence(
-        self, cause: Cause, slot: str | None, detector: Detector | None, **known: object
-    ) -> Evidence:
+    def evidence(self, cause: Cause, slot: str | None, detector: Detector | None, **known: object) -> Evidence:
         """Evidence of a run in one of this worker's slots."""
         pid = slot_process(slot)[0] if slot else self.pid
         return Evidence(
-            cause, hostname=self.host.hostname, worker=self.name, pid=pid, detected_by=detector, **known  # type: ignore[arg-type]
+            cause,
+            hostname=self.host.hostname,
+            worker=self.name,
+            pid=pid,
+            detected_by=detector,
+            **known,  # type: ignore[arg-type]
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from ..vocabulary import events
-from ..vocabulary.policies import RerunPolicy, Judgement, backoff, judge
-from ..vocabulary.records import ChildRow, Evidence, Settled
-from ..vocabulary.states import Verdict
+from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.policies import Judgement, RerunPolicy, backoff, judge
+from celery_batchtrack.vocabulary.records import ChildRow, Evidence, Settled
+from celery_batchtrack.vocabulary.states import Verdict
+
 from . import dispatch, finish
 from .tracker import Tracker
 
@@ -20,9 +21,7 @@ def run_died(tracker: Tracker, row: ChildRow, evidence: Evidence, verdict: Verdi
     return settled.written
 
 
-def died_before_claim(
-    tracker: Tracker, row: ChildRow, evidence: Evidence, policy: RerunPolicy
-) -> bool:
+def died_before_claim(tracker: Tracker, row: ChildRow, evidence: Evidence, policy: RerunPolicy) -> bool:
     """A process died with the child's message in hand, before it could claim: an attempt like any other."""
     again = _again_in(tracker, policy, row, evidence)
     settled = tracker.store.crash_unclaimed(row, evidence, again)
@@ -32,9 +31,7 @@ def died_before_claim(
     return settled.written
 
 
-def _again_in(
-    tracker: Tracker, policy: RerunPolicy, row: ChildRow, evidence: Evidence
-) -> float | None:
+def _again_in(tracker: Tracker, policy: RerunPolicy, row: ChildRow, evidence: Evidence) -> float | None:
     if judge(policy, evidence.cause, row.crashes) is Judgement.CRASHED:
         return None
     return backoff(tracker.settings.retry_backoff, row.crashes + 1)

@@ -6,8 +6,9 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..vocabulary.records import ChildRow, IncidentRow, Progress, isoformat
-from ..vocabulary.states import Status
+from celery_batchtrack.vocabulary.records import ChildRow, IncidentRow, Progress, isoformat
+from celery_batchtrack.vocabulary.states import Cause, Status
+
 from .tracker import Tracker
 
 #: At most so many children are named; the counts are always whole.
@@ -106,7 +107,11 @@ def build(tracker: Tracker, batch_id: uuid.UUID) -> Report:
             children.append(child)
             if len(children) == NAMED:
                 break
-        incidents = {each.position: each for each in store.incidents(batch_id, limit=10 * NAMED)}
+        incidents = {
+            each.position: each
+            for each in store.incidents(batch_id, limit=10 * NAMED)
+            if each.outcome != Cause.LATE_WRITE  # it says nothing of how the child ended
+        }
         named = [_unhappy(child, incidents.get(child.position)) for child in children]
     return Report(progress, row.reason if row else None, named, unhappy_count - len(named))
 

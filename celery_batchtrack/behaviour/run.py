@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .. import errors
-from ..store import SlotTaken
-from ..vocabulary import events
-from ..vocabulary.ids import Ticket, new_token
-from ..vocabulary.records import Claimed, Ending, Evidence, Refused, Release, Settled
-from ..vocabulary.states import Cause, Detector, Status, Verdict
-from . import blackbox, dispatch, finish, recovery, spool
+from celery_batchtrack import errors
+from celery_batchtrack.store import SlotTaken
+from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.ids import Ticket, new_token
+from celery_batchtrack.vocabulary.records import Claimed, Ending, Evidence, Refused, Release, Settled
+from celery_batchtrack.vocabulary.states import Cause, Detector, Status, Verdict
+
+from . import blackbox, dispatch, failpoints, finish, recovery, spool
 from .blackbox import Boxes, Page, Phase
 from .identity import WorkerIdentity
 from .tracker import Tracker
@@ -47,27 +50,39 @@ class Runner:
 
     # -- claim -----------------------------------------------------------------------------------
 
-    def claim(
-        self, ticket: Ticket, task: str, policy: dict[str, Any] | None, depth: int = 0
-    ) -> Run | Refused:
+    def claim(self, ticket: Ticket, task: str, policy: dict[str, Any] | None, depth: int = 0) -> Run | Refused:
         """Try to make the message's row this slot's own. Waits for a database that is away, for
         `claim_timeout` at most; the row is pending all the while."""
         slot = blackbox.slot_name(depth)
         page = self.boxes.page(slot)
         token = new_token()
         page.enter(ticket.key, token)
+        try:
+            answer = self._answered(ticket, token, slot, policy)
+        except BaseException:  # a time limit, or the end of the process, while it waited
+            page.give_up(token)
+            raise
+        if isinstance(answer, Refused):
+            if answer.wait:
+                page.give_up(token)
+            return self._refused(ticket, page, answer)
+        failpoints.reach("claim.committed")
+        page.phase(Phase.RUNNING)
+        page.given_up.clear()  # the slot was free: none of them holds a row
+        return Run(ticket, answer, slot, page, task)
+
+    def _answered(
+        self, ticket: Ticket, token: uuid.UUID, slot: str, policy: dict[str, Any] | None
+    ) -> Claimed | Refused:
         waits = _delays(self.tracker.settings.claim_timeout)
         while True:
             try:
                 answer = self._try(ticket, token, slot, policy)
             except errors.DatabaseUnavailable as error:
                 answer = Refused(str(error), wait=True)
-            if isinstance(answer, Claimed):
-                page.phase(Phase.RUNNING)
-                return Run(ticket, answer, slot, page, task)
-            delay = next(waits, None) if answer.wait else None
-            if delay is None:
-                return self._refused(ticket, page, answer)
+            delay = next(waits, None) if isinstance(answer, Refused) and answer.wait else None
+            if delay is None or isinstance(answer, Claimed):
+                return answer
             self.tracker.emit(events.DatabaseAway(ticket.key, "claim", answer.reason))
             self.pause(delay)
 
@@ -84,7 +99,12 @@ class Runner:
         """This slot claims anew, so its former child is over: what it spooled is its end, or none was kept."""
         deliver_spool(self.tracker, self.boxes, lambda spooled: spooled.slot == slot)
         for row in self.tracker.store.running_of(self.worker.id, slot):
-            if row.slot == slot:
+            if row.slot != slot:
+                continue
+            if row.run_token in self.boxes.page(slot).given_up:
+                if self.tracker.store.release_claiming(row):  # it never ran: no strike
+                    dispatch.pump(self.tracker, row.batch_id)
+            else:
                 evidence = self.worker.evidence(
                     Cause.SETTLE_LOST, slot, Detector.RECONCILE,
                     message="its process took the next child without having reported this one's end",
@@ -92,12 +112,11 @@ class Runner:
                 recovery.run_died(self.tracker, row, evidence, Verdict.OBSERVED)
 
     def _refused(self, ticket: Ticket, page: Page, answer: Refused) -> Refused:
-        if answer.wait:
-            page.phase(Phase.GAVE_UP)  # the claim may have committed all the same
-        else:
+        if not answer.wait:
             page.clear()
         if answer.expired:
-            expire(self.tracker, ticket)
+            with contextlib.suppress(errors.DatabaseUnavailable):  # then a sweep withdraws it
+                expire(self.tracker, ticket)
         self.tracker.emit(events.ClaimRefused(ticket.key, ticket.attempt, answer.reason))
         return answer
 
@@ -107,6 +126,7 @@ class Runner:
         """Write the run's end, its count included, before the task is over."""
         run.page.phase(Phase.SETTLING)
         settled = self._delivered(run, ending)
+        failpoints.reach("settle.committed")
         run.page.clear()
         tracker, key = self.tracker, run.ticket.key
         if settled.overturned:
@@ -129,8 +149,9 @@ class Runner:
             except errors.DatabaseUnavailable as error:
                 if path is None and self.boxes.folder is not None:
                     spooled = spool.Spooled(key, token, run.slot, ending)
-                    path = spool.write(self.boxes.folder, spooled)
-                    self.tracker.emit(events.DatabaseAway(key, "settle", str(error), spooled=True))
+                    with contextlib.suppress(OSError):  # a full disk: the next try, or the database, is first
+                        path = spool.write(self.boxes.folder, spooled)
+                        self.tracker.emit(events.DatabaseAway(key, "settle", str(error), spooled=True))
                 self.pause(next(waits) or 0.0)
             else:
                 if path is not None:
@@ -150,9 +171,7 @@ class Runner:
             else:
                 break
         run.page.clear()
-        _best_effort(
-            self.tracker, run, lambda: dispatch.pump(self.tracker, run.ticket.key.batch_id)
-        )
+        _best_effort(self.tracker, run, lambda: dispatch.pump(self.tracker, run.ticket.key.batch_id))
 
 
 def expire(tracker: Tracker, ticket: Ticket) -> None:

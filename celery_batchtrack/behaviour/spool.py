@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..vocabulary.ids import ChildKey
-from ..vocabulary.records import Ending, Evidence
-from ..vocabulary.states import Cause, Status
+from celery_batchtrack.vocabulary.ids import ChildKey
+from celery_batchtrack.vocabulary.records import Ending, Evidence
+from celery_batchtrack.vocabulary.states import Cause, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,7 @@ def _as_json(spooled: Spooled) -> dict[str, object]:
         "status": ending.status.value,
         "result": ending.result,
         "cause": ending.cause,
+        "keep_signature": ending.keep_signature,
         "evidence": None if evidence is None else {
             "cause": evidence.cause.value, "phase": evidence.phase, "message": evidence.message,
             "traceback": evidence.traceback, "hostname": evidence.hostname, "worker": evidence.worker,
@@ -74,6 +75,6 @@ def _from_json(value: dict[str, object]) -> Spooled:
         found = Evidence(**{**evidence, "cause": Cause(evidence["cause"])})
     cause = None if value["cause"] is None else Cause(str(value["cause"]))
     result = None if value["result"] is None else str(value["result"])
-    ending = Ending(Status(str(value["status"])), result, cause, found)
+    ending = Ending(Status(str(value["status"])), result, cause, found, bool(value.get("keep_signature")))
     key = ChildKey(uuid.UUID(str(value["batch"])), int(str(value["position"])))
     return Spooled(key, uuid.UUID(str(value["token"])), str(value["slot"]), ending)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..store import Store
-from ..vocabulary import events
-from ..vocabulary.ids import Ticket
-from ..vocabulary.records import BatchRow, ChildRow
-from ..vocabulary.settings import Settings
+from celery_batchtrack.store import Store
+from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.ids import Ticket
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow
+from celery_batchtrack.vocabulary.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

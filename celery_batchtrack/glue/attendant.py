@@ -13,15 +13,15 @@ import threading
 import time
 from collections.abc import Callable
 
-from .. import __version__, errors
-from ..behaviour import detector, finish, run
-from ..behaviour.blackbox import Boxes
-from ..behaviour.detector import Death, Reconciler, Sweeper
-from ..behaviour.identity import WorkerIdentity
-from ..behaviour.tracker import Tracker
-from ..vocabulary.ids import Ticket
-from ..vocabulary.records import Evidence, Settled
-from ..vocabulary.states import Cause, Status
+from celery_batchtrack import __version__, errors
+from celery_batchtrack.behaviour import blackbox, detector, finish, hosts, run
+from celery_batchtrack.behaviour.blackbox import Boxes
+from celery_batchtrack.behaviour.detector import Death, Reconciler, Sweeper
+from celery_batchtrack.behaviour.identity import WorkerIdentity
+from celery_batchtrack.behaviour.tracker import Tracker
+from celery_batchtrack.vocabulary.ids import Ticket
+from celery_batchtrack.vocabulary.records import Evidence, Settled
+from celery_batchtrack.vocabulary.states import Cause, Status
 
 logger = logging.getLogger("celery_batchtrack")
 
@@ -96,9 +96,7 @@ class Attendant:
 
     def died(self, death: Death) -> None:
         """A pool process died, or is being killed."""
-        self._inbox.put(
-            lambda: detector.process_died(self.tracker, self.worker, self.boxes, death)
-        )
+        self._inbox.put(lambda: detector.process_died(self.tracker, self.worker, self.boxes, death))
 
     def unstarted(self, ticket: Ticket, status: Status, cause: Cause, message: str) -> None:
         """A message was consumed without reaching its task."""
@@ -121,9 +119,7 @@ class Attendant:
             settled = self.tracker.store.settle_terminated(row, evidence)
         elif row is not None and row.status == Status.PENDING:
             evidence = self._evidence(Cause.TERMINATED, "before_claim", message)
-            settled = self.tracker.store.settle_unstarted(
-                ticket.key, ticket.attempt, Status.CANCELLED, evidence
-            )
+            settled = self.tracker.store.settle_unstarted(ticket.key, ticket.attempt, Status.CANCELLED, evidence)
         finish.after(self.tracker, ticket.key, settled)
 
     def _evidence(self, cause: Cause, phase: str, message: str) -> Evidence:
@@ -216,8 +212,8 @@ class Attendant:
     def _settle_what_the_pool_left(self) -> None:
         """A cold shutdown kills pool processes; what they had in hand is lost with this worker."""
         for row in self.tracker.store.running_of(self.worker.id):
-            pid, started = detector.slot_process(row.slot or "0:0")
-            if pid != self.worker.pid and detector.hosts.gone(pid, started) is True:
+            pid, started = blackbox.slot_process(row.slot or "0:0")
+            if pid != self.worker.pid and hosts.gone(pid, started) is True:
                 message = "its process ended with its worker, before it reported"
                 death = Death(pid, started, Cause.WORKER_LOST, message=message)
                 detector.process_died(self.tracker, self.worker, self.boxes, death)

@@ -11,12 +11,13 @@ from typing import Any
 from celery import current_task
 from celery.result import assert_will_not_block
 
-from .. import errors
-from ..behaviour import finish, report
-from ..behaviour.report import Report
-from ..vocabulary.ids import uuid7
-from ..vocabulary.records import BatchRow, ChildRow, IncidentRow, NewBatch, NewChild, Progress
-from ..vocabulary.states import BatchStatus, EndReason, Kind, Status
+from celery_batchtrack import errors
+from celery_batchtrack.behaviour import finish, report
+from celery_batchtrack.behaviour.report import Report
+from celery_batchtrack.vocabulary.ids import uuid7
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, IncidentRow, NewBatch, NewChild, Progress
+from celery_batchtrack.vocabulary.states import BatchStatus, EndReason, Kind, Status
+
 from . import codec, signatures
 from .extension import BatchTrack
 from .options import ValidOptions, validated
@@ -139,7 +140,7 @@ class Batch:
         if self._extension.store.add(self.id, block) is None:
             raise errors.BatchStateError(f"batch {self.id} is open no more: it was {self.status} meanwhile")
         if self._options is not None and self._options.start_now:
-            from ..behaviour import dispatch
+            from celery_batchtrack.behaviour import dispatch
 
             dispatch.pump(self._extension.tracker, self.id)
 
@@ -240,9 +241,7 @@ class Batch:
     def _callback_rows(self) -> list[ChildRow]:
         return self._extension.store.callback_rows(self.id)
 
-    def children(
-        self, status: str | Status | Sequence[str] | None = None, kind: str = "child"
-    ) -> Iterator[Child]:
+    def children(self, status: str | Status | Sequence[str] | None = None, kind: str = "child") -> Iterator[Child]:
         """Children by position, in bounded memory; with ``kind="callbacks"`` the callbacks' rows."""
         statuses = () if status is None else (status,) if isinstance(status, str) else tuple(status)
         for each in statuses:

@@ -638,9 +638,7 @@ class Channel(virtual.Channel):  # type: ignore[misc]
         try:
             self.folder.put(queue, str_to_bytes(dumps(message)), exchange)
         except OSError as error:
-            raise ChannelError(
-                f"Cannot add a message to queue {queue!r} in {self.folder.path}: {error}"
-            ) from error
+            raise ChannelError(f"Cannot add a message to queue {queue!r} in {self.folder.path}: {error}") from error
 
     def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **kwargs: Any) -> None:
         for _, _, queue in self.folder.table(exchange):

@@ -12,9 +12,10 @@ from celery.result import AsyncResult, assert_will_not_block
 from celery.utils.functional import maybe_list
 from kombu.utils.uuid import uuid as new_task_id
 
-from .. import errors
-from ..vocabulary.records import ChildRow
-from ..vocabulary.states import BatchStatus, Kind, Status
+from celery_batchtrack import errors
+from celery_batchtrack.vocabulary.records import ChildRow
+from celery_batchtrack.vocabulary.states import BatchStatus, Kind, Status
+
 from . import codec, signatures
 from .batch import Batch, start
 from .extension import BatchTrack
@@ -103,7 +104,7 @@ class ChordResult(AsyncResult):  # type: ignore[misc]
         return self.state == "FAILURE"
 
 
-class chord(Signature):  # type: ignore[misc]  # noqa: N801 (as Celery's)
+class chord(Signature):  # type: ignore[misc]
     """``chord(header)(body)``: run the header's tasks, then the body with their results in order.
 
     Called as Celery's chord; ``batch={…}`` takes the options of a batch (`BatchOptions`). The body runs when the
@@ -117,7 +118,9 @@ class chord(Signature):  # type: ignore[misc]  # noqa: N801 (as Celery's)
     Errors: UnsupportedCanvas for shapes this version does not track (chains, nested chords and groups), at the call.
     """
 
-    def __init__(self, header: Any, body: Any = None, *, app: Any = None, batch: Mapping[str, Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self, header: Any, body: Any = None, *, app: Any = None, batch: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
         super().__init__("celery_batchtrack.chord", app=app, **options)
         given = dict(batch or {})
         if "on_success" in given:
@@ -184,7 +187,9 @@ def _members(header: Any) -> Iterable[Any]:
     try:
         return list(header)
     except TypeError:
-        raise errors.UnsupportedCanvas(f"a header is signatures in a list, a generator or a group, not {header!r:.100}") from None
+        raise errors.UnsupportedCanvas(
+            f"a header is signatures in a list, a generator or a group, not {header!r:.100}"
+        ) from None
 
 
 def _partial(signature: Any, args: Any, kwargs: Any, app: Any) -> Any:

@@ -55,9 +55,7 @@ def locate(app: Any) -> dict[str, Any]:
             f"module-level variable, e.g. `app = Celery(...)` in a file (not in an interactive session)."
         )
     # The main script last: importing an ordinary module has no side conditions.
-    module, attribute = min(
-        found, key=lambda holder: (holder[0] == "__main__", holder[0] != app.main, holder)
-    )
+    module, attribute = min(found, key=lambda holder: (holder[0] == "__main__", holder[0] != app.main, holder))
     modules = {type(task).__module__ for task in app.tasks.values()} & set(sys.modules)
     modules = {name for name in modules if not _is_library(name)}
     needs_main = "__main__" in modules | {module}
@@ -176,9 +174,7 @@ class _Process:
             os.close(status)
         self.pid = self._popen.pid
         self._tell(orders)
-        self._pump = threading.Thread(
-            target=self._pump_output, args=(logfile,), daemon=True, name="batchtrack-output"
-        )
+        self._pump = threading.Thread(target=self._pump_output, args=(logfile,), daemon=True, name="batchtrack-output")
         self._pump.start()
 
     def _start(self, orders: dict[str, Any], pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
@@ -336,9 +332,7 @@ class _Keeper:
                 how = describe_exit(self._failure.status)
                 raise ClusterError(f"The {self.role} process ended with {how}.{self._output(self._failure)}")
             if not self._is_ready():
-                raise ClusterError(
-                    f"The {self.role} process is not ready in time.{self._output(self.process)}"
-                )
+                raise ClusterError(f"The {self.role} process is not ready in time.{self._output(self.process)}")
 
     def _is_ready(self) -> bool:
         return self.process.ready_at is not None and self.process.status is None

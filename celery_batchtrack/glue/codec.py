@@ -6,7 +6,7 @@ from typing import Any
 
 from kombu.utils import json
 
-from .. import errors
+from celery_batchtrack import errors
 
 
 def dumps(value: Any) -> str:

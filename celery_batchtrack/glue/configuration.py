@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .. import errors
-from ..vocabulary.settings import PREFIX, Settings, suggestion
+from celery_batchtrack import errors
+from celery_batchtrack.vocabulary.settings import PREFIX, Settings, suggestion
 
 logger = logging.getLogger("celery_batchtrack")
 

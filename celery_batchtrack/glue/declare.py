@@ -10,9 +10,9 @@ from typing import Any, TypeVar, overload
 from celery.app.task import Task
 from celery.local import Proxy
 
-from .. import errors
-from ..vocabulary.policies import ON_CRASH, ON_CRASH_LATER, RerunPolicy
-from ..vocabulary.settings import suggestion
+from celery_batchtrack import errors
+from celery_batchtrack.vocabulary.policies import ON_CRASH, ON_CRASH_LATER, RerunPolicy
+from celery_batchtrack.vocabulary.settings import suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,11 +60,12 @@ class TaskOptions:
         if self.item_id is not None and self.items is None:
             raise errors.InvalidOption("item_id needs items: which argument holds the items?")
         if self.on_crash in ON_CRASH_LATER:
-            raise errors.InvalidOption(f"on_crash={self.on_crash!r} is not supported by this version yet; use one of {ON_CRASH}")
-        if self.on_crash not in ON_CRASH:
             raise errors.InvalidOption(
-                f"on_crash must be one of {ON_CRASH}, not {self.on_crash!r}{suggestion(str(self.on_crash), list(ON_CRASH))}"
+                f"on_crash={self.on_crash!r} is not supported by this version yet; use one of {ON_CRASH}"
             )
+        if self.on_crash not in ON_CRASH:
+            hint = suggestion(str(self.on_crash), list(ON_CRASH))
+            raise errors.InvalidOption(f"on_crash must be one of {ON_CRASH}, not {self.on_crash!r}{hint}")
         crashes = self.max_crashes
         if crashes is not None and (isinstance(crashes, bool) or not isinstance(crashes, int) or crashes < 1):
             raise errors.InvalidOption(f"max_crashes must be a whole number of at least 1, not {crashes!r}")
@@ -105,9 +106,9 @@ def tracked(function: Any = None, /, **options: Any) -> Any:
 
     def mark(target: F) -> F:
         if isinstance(target, (Task, Proxy)):
-            return tracked(target)  # type: ignore[no-any-return]
+            return tracked(target)
         if inspect.isclass(target):
-            return tracked(target)  # type: ignore[no-any-return]
+            return tracked(target)
         _check_items_argument(made, target)
         setattr(target, MARK, made)
         return target
@@ -176,10 +177,7 @@ def items_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
 
 
 def _items(task: Any, declared: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    if callable(declared):
-        found = declared(*args, **kwargs)
-    else:
-        found = _argument(task, declared, args, kwargs)
+    found = declared(*args, **kwargs) if callable(declared) else _argument(task, declared, args, kwargs)
     if isinstance(found, (str, bytes)) or not hasattr(found, "__iter__"):
         return [found]  # one item
     return list(found)
@@ -198,9 +196,7 @@ def _argument(task: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, An
     for nested in bound.arguments.values():
         if isinstance(nested, dict) and name in nested:
             return nested[name]
-    raise errors.InvalidOption(
-        f"{task.name} is tracked by items={name!r}, but this call has no argument {name!r}"
-    )
+    raise errors.InvalidOption(f"{task.name} is tracked by items={name!r}, but this call has no argument {name!r}")
 
 
 def _identifier(item: Any, how: Any, task: Any, at: int) -> str:
@@ -211,7 +207,8 @@ def _identifier(item: Any, how: Any, task: Any, at: int) -> str:
             f"{task.name}: item {at} has no identifier by item_id={how!r} ({type(error).__name__}: {error})"
         ) from error
     text = f"[{at}]" if value is None else str(value)
-    return text.replace("\0", "\\0")[:_LONGEST_IDENTIFIER]
+    text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    return text[:_LONGEST_IDENTIFIER]
 
 
 def _identify(item: Any, how: Any) -> Any:

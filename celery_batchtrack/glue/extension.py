@@ -12,15 +12,16 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from .. import errors
-from ..behaviour import blackbox
-from ..behaviour.blackbox import Boxes
-from ..behaviour.detector import Sweep, Sweeper
-from ..behaviour.identity import WorkerIdentity
-from ..behaviour.run import Runner
-from ..behaviour.tracker import Tracker
-from ..store import Store
-from ..vocabulary.settings import Settings
+from celery_batchtrack import errors
+from celery_batchtrack.behaviour import blackbox
+from celery_batchtrack.behaviour.blackbox import Boxes
+from celery_batchtrack.behaviour.detector import Sweep, Sweeper
+from celery_batchtrack.behaviour.identity import WorkerIdentity
+from celery_batchtrack.behaviour.run import Runner
+from celery_batchtrack.behaviour.tracker import Tracker
+from celery_batchtrack.store import Store
+from celery_batchtrack.vocabulary.settings import Settings
+
 from . import broker_alias, codec, configuration, narrate, worker
 from .attendant import Attendant, Pulse
 from .publish import AppPublisher
@@ -123,9 +124,7 @@ class BatchTrack:
                 options["queue"] = queue
             schedule.setdefault(DETECT_ENTRY, {"task": DETECT_TASK, "schedule": every, "options": options})
         if PRUNE_TASK not in tasks:
-            schedule.setdefault(
-                PRUNE_ENTRY, {"task": PRUNE_TASK, "schedule": 3600.0, "options": {"expires": 3600.0}}
-            )
+            schedule.setdefault(PRUNE_ENTRY, {"task": PRUNE_TASK, "schedule": 3600.0, "options": {"expires": 3600.0}})
 
     def _raw(self, name: str, default: Any) -> Any:
         """A setting, while the configuration may still be loading; wrong values are reported at first use."""
@@ -182,7 +181,7 @@ class BatchTrack:
             configuration.database_url(self.app, settings), auto_migrate=settings.auto_migrate,
             engine_options=settings.engine_options,
         )  # fmt: skip
-        return Tracker(store, settings, AppPublisher(self.app), codec, narrate.subscriber(self.app))  # type: ignore[arg-type]
+        return Tracker(store, settings, AppPublisher(self.app), codec, narrate.subscriber(self.app))
 
     @property
     def store(self) -> Store:

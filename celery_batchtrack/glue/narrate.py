@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from .. import signals
-from ..vocabulary import events
-from ..vocabulary.records import Evidence
+from celery_batchtrack import signals
+from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.records import Evidence
 
 logger = logging.getLogger("celery_batchtrack")
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from .. import errors
-from ..vocabulary.policies import Tolerance
-from ..vocabulary.settings import suggestion
-from ..vocabulary.states import CALLBACK_KINDS, Kind
+from celery_batchtrack import errors
+from celery_batchtrack.vocabulary.policies import Tolerance
+from celery_batchtrack.vocabulary.settings import suggestion
+from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, Kind
 
 
 class BatchOptions(TypedDict, total=False):
@@ -61,8 +61,10 @@ def validated(options: Mapping[str, Any], default_name: str) -> ValidOptions:
         if value not in allowed:
             raise errors.InvalidOption(f"{name} must be one of {allowed}, not {value!r}")
     name = options.get("name") or default_name
-    if not isinstance(name, str) or len(name) > 255:
+    if not isinstance(name, str) or len(name) > 255 or not _storable(name):
         raise errors.InvalidOption(f"a batch's name is text of at most 255 characters, not {name!r:.300}")
+    # What neither database can store: NUL and lone surrogates.
+    name = name.replace("\0", "\\0").encode(errors="backslashreplace").decode()[:255]
     stored = {
         "tolerance": Tolerance.parse(options.get("tolerance", 0)).as_option(),
         "callback_arg": options.get("callback_arg", "results"),
@@ -78,3 +80,8 @@ def _several(value: Any) -> list[Any]:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, Mapping)):
         return list(value)
     return [value]
+
+
+def _storable(text: str) -> bool:
+    """PostgreSQL's text holds neither NUL nor lone surrogates."""
+    return "\0" not in text and text.encode("utf-8", "replace").decode() == text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from ..vocabulary.records import Progress
+from celery_batchtrack.vocabulary.records import Progress
 
 
 def shown(steps: Iterator[Progress], *, bar: bool) -> Iterator[Progress]:

@@ -7,20 +7,18 @@ come from the row and its batch, never from the task that happens to run here.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from celery._state import pop_current_task, push_current_task
 from celery.app.task import Context
-from kombu.exceptions import EncodeError, OperationalError
+from kombu.exceptions import EncodeError, OperationalError, SerializationError
 
-from ..behaviour.tracker import Message, NotSent
-from ..vocabulary.ids import HEADER
+from celery_batchtrack.behaviour.tracker import Message, NotSent
+from celery_batchtrack.vocabulary.ids import HEADER
+
 from . import codec, signatures
-
-logger = logging.getLogger("celery_batchtrack")
 
 
 @contextlib.contextmanager
@@ -69,6 +67,10 @@ def arguments_for(message: Message) -> tuple[list[Any], dict[str, Any]]:
     return args, kwargs
 
 
+#: What will not be sent at the next try either: the message itself is wrong.
+_HOPELESS = (EncodeError, SerializationError, TypeError, ValueError, LookupError)
+
+
 class BrokerPublisher:
     """Sends to the broker. A broker that is down is an answer, not an error."""
 
@@ -82,11 +84,10 @@ class BrokerPublisher:
                 for at, message in enumerate(messages):
                     try:
                         self._send(message, producer)
-                    except (OperationalError, OSError) as error:
-                        return failed + [NotSent(each, _say(error)) for each in messages[at:]]
-                    except Exception as error:
-                        logger.exception("%s cannot be sent", message.row.key)
+                    except _HOPELESS as error:
                         failed.append(NotSent(message, _say(error), final=True))
+                    except Exception as error:  # noqa: BLE001 (the broker's library may raise anything)
+                        return failed + [NotSent(each, _say(error)) for each in messages[at:]]
         except (OperationalError, OSError) as error:
             return [NotSent(each, _say(error)) for each in messages]
         return failed

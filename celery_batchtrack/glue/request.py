@@ -13,10 +13,11 @@ from typing import Any
 from billiard.einfo import ExceptionWithTraceback
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 
-from ..behaviour import hosts
-from ..behaviour.detector import Death
-from ..vocabulary.ids import HEADER, Ticket
-from ..vocabulary.states import Cause
+from celery_batchtrack.behaviour import hosts
+from celery_batchtrack.behaviour.detector import Death
+from celery_batchtrack.vocabulary.ids import HEADER, Ticket
+from celery_batchtrack.vocabulary.states import Cause
+
 from . import declare
 
 _SIGNAL = re.compile(r"signal (\d+) \((\w+)\)")
@@ -61,24 +62,20 @@ def _lost(request: Any, error: Any) -> None:
     if isinstance(error, ExceptionWithTraceback):
         error = error.exc
     if isinstance(error, TimeLimitExceeded):
-        return _died(request, Cause.TIME_LIMIT, message=f"hard time limit exceeded: {error}")
-    if isinstance(error, WorkerLostError):
-        return _worker_lost(request, str(error))
-    if isinstance(error, Terminated):
-        if not request._already_revoked:
-            _died(request, Cause.WORKER_LOST, message=f"terminated: {error}")
-        return None
-    if isinstance(error, (SystemExit, KeyboardInterrupt)):
-        if not request._already_revoked and not request._already_cancelled:
-            code = getattr(error, "code", None)
-            _died(request, Cause.EXIT, exit_code=code if isinstance(code, int) else None, message=repr(error))
-    return None
+        _died(request, Cause.TIME_LIMIT, message=f"hard time limit exceeded: {error}")
+    elif request._already_revoked:
+        return  # we killed it ourselves, and `task_revoked` has said so
+    elif isinstance(error, WorkerLostError):
+        _worker_lost(request, str(error))
+    elif isinstance(error, Terminated):
+        _died(request, Cause.WORKER_LOST, message=f"terminated: {error}")
+    elif isinstance(error, (SystemExit, KeyboardInterrupt)) and not request._already_cancelled:
+        code = getattr(error, "code", None)
+        _died(request, Cause.EXIT, exit_code=code if isinstance(code, int) else None, message=repr(error))
 
 
 def _worker_lost(request: Any, text: str) -> None:
     signal, code = _SIGNAL.search(text), _EXIT.search(text)
-    if request._already_revoked:
-        return
     if signal:
         _died(request, Cause.SIGNAL, signal=signal[2], message=text)
     else:

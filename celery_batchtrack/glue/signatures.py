@@ -14,9 +14,10 @@ from celery.canvas import chord as celery_chord
 from kombu import Queue
 from kombu.utils.uuid import uuid as new_task_id
 
-from .. import errors
-from ..vocabulary.records import NewChild
-from ..vocabulary.states import Kind
+from celery_batchtrack import errors
+from celery_batchtrack.vocabulary.records import NewChild
+from celery_batchtrack.vocabulary.states import Kind
+
 from . import codec, declare
 
 #: Options of a signature that describe one sending, not the task: they live in columns of the row.
@@ -102,13 +103,14 @@ def new_child(app: Any, value: Any, overrides: Mapping[str, Any], headers: Mappi
         options["headers"] = {**(options.get("headers") or {}), **headers}
     args, kwargs = tuple(signature.get("args") or ()), dict(signature.get("kwargs") or {})
     task = app.tasks.get(signature["task"])
+    args, kwargs = _checked(task, args, kwargs)
     items, count = declare.items_of(task, args, kwargs) if task is not None else ((), 1)
     countdown, eta = _moment(options.get("countdown"), options.get("eta"), "eta")
     expires_in, expires_at = _moment(None, options.get("expires", getattr(task, "expires", None)), "expires")
     return NewChild(
         task=signature["task"],
         task_id=str(options.get("task_id") or new_task_id()),
-        signature=stored({**signature, "options": options}),
+        signature=stored({**signature, "args": args, "kwargs": kwargs, "options": options}),
         items=items,
         item_count=count,
         queue=route(app, signature["task"], args, kwargs, options),
@@ -117,6 +119,16 @@ def new_child(app: Any, value: Any, overrides: Mapping[str, Any], headers: Mappi
         expires_in=expires_in,
         expires_at=expires_at,
     )  # fmt: skip
+
+
+def _checked(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What Celery's `apply_async` does before sending: check the arguments, dump pydantic models."""
+    if task is None:
+        return args, kwargs
+    if task.typing and hasattr(task, "__header__"):
+        task.__header__(*args, **kwargs)
+    dump = getattr(task, "_dump_pydantic_arguments", None)
+    return dump(args, kwargs) if dump is not None else (args, kwargs)
 
 
 def _moment(relative: Any, value: Any, name: str) -> tuple[float | None, datetime | None]:

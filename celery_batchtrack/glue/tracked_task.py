@@ -11,6 +11,7 @@ import contextlib
 import pickle
 import threading
 import traceback
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from celery.app.task import Context, Task
@@ -27,11 +28,12 @@ from celery.utils.functional import arity_greater
 from celery.utils.imports import symbol_by_name
 from kombu.exceptions import OperationalError
 
-from .. import errors
-from ..behaviour.run import Run, Runner
-from ..vocabulary.ids import HEADER, Ticket
-from ..vocabulary.records import Ending, Evidence, Refused, Release
-from ..vocabulary.states import Cause, Status
+from celery_batchtrack import errors
+from celery_batchtrack.behaviour.run import Run, Runner
+from celery_batchtrack.vocabulary.ids import HEADER, Ticket
+from celery_batchtrack.vocabulary.records import Ending, Evidence, Refused, Release
+from celery_batchtrack.vocabulary.states import Cause, Status
+
 from . import codec, declare, signatures
 
 #: Seconds until a child of another database's batch is offered again.
@@ -117,9 +119,10 @@ def _tracked(task: Any, parent: Any, ticket: Ticket, args: Any, kwargs: Any) -> 
         try:
             result = _call_through(parent, task, *_bound(task, ticket, args, kwargs))
             text = codec.dumps(result)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (every end of a run is reported, SystemExit too)
             _ended_badly(task, runner, run, error)
-        runner.settle(run, Ending(Status.COMPLETED, result=text))
+        keep = declare.options_of(task).store_arguments
+        runner.settle(run, Ending(Status.COMPLETED, text if ticket.keep_result else None, keep_signature=keep))
         return result
     finally:
         runs.remove(run)
@@ -150,7 +153,7 @@ def _send_elsewhere(task: Any, runner: Runner, ticket: Ticket) -> None:
 def _note_attempt(request: Any, run: Run) -> None:
     """Celery's retry publishes the request's own headers: they must name the next stage of the row."""
     ticket = run.ticket
-    header = Ticket(ticket.store_id, ticket.key, run.attempt, ticket.kind, ticket.errback).as_header()
+    header = replace(ticket, attempt=run.attempt).as_header()
     setattr(request, HEADER, header)
     if isinstance(request.headers, dict):
         request.headers[HEADER] = header
@@ -212,7 +215,8 @@ def _retry(task: Any, error: Retry) -> Release:
     seconds = float(when) if isinstance(when, (int, float)) else None
     changed = None
     if error.sig is not None and (
-        list(error.sig.args or ()) != list(request.args or ()) or dict(error.sig.kwargs or {}) != dict(request.kwargs or {})
+        list(error.sig.args or ()) != list(request.args or ())
+        or dict(error.sig.kwargs or {}) != dict(request.kwargs or {})
     ):
         with contextlib.suppress(errors.NotSerialisable):
             changed = signatures.stored(error.sig)
@@ -228,9 +232,7 @@ def _rejected(task: Any, runner: Runner, run: Run, error: Reject) -> None:
         runner.release(run, Release())
     elif isinstance(error.reason, OperationalError):
         # self.retry() that could not reach the broker: the row goes back, and a sweep sends it.
-        runner.release(
-            run, Release(countdown=float(task.default_retry_delay or 0), retries=task.request.retries + 1)
-        )
+        runner.release(run, Release(countdown=float(task.default_retry_delay or 0), retries=task.request.retries + 1))
     else:
         runner.settle(run, _unhappy(runner, run, Status.FAILED, Cause.REJECTED, error))
 
@@ -259,7 +261,7 @@ def _tame(error: BaseException) -> BaseException:
 def _survives_pickling(error: Exception) -> bool:
     try:
         return isinstance(pickle.loads(pickle.dumps(error)), type(error))
-    except Exception:
+    except Exception:  # noqa: BLE001 (whatever pickling raises: it does not survive)
         return False
 
 

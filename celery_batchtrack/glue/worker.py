@@ -7,9 +7,9 @@ from typing import Any
 
 from celery import bootsteps, signals
 
-from .. import errors
-from ..vocabulary.ids import HEADER, Ticket
-from ..vocabulary.states import Cause, Status
+from celery_batchtrack import errors
+from celery_batchtrack.vocabulary.ids import HEADER, Ticket
+from celery_batchtrack.vocabulary.states import Cause, Status
 
 logger = logging.getLogger("celery_batchtrack")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ..vocabulary.ids import ChildKey
-from ..vocabulary.policies import Tolerance, outcome
-from ..vocabulary.records import BatchRow, CancelledRun, Finished, NewBatch, NewChild
-from ..vocabulary.states import (
+from celery_batchtrack.vocabulary.ids import ChildKey
+from celery_batchtrack.vocabulary.policies import Tolerance, outcome
+from celery_batchtrack.vocabulary.records import BatchRow, CancelledRun, Finished, NewBatch, NewChild
+from celery_batchtrack.vocabulary.states import (
     CANCEL,
     CANCEL_BATCH,
     FINISH,
@@ -23,6 +23,7 @@ from ..vocabulary.states import (
     Kind,
     Status,
 )
+
 from . import callbacks
 from .callbacks import DueCallbacks
 from .children import moment
@@ -53,9 +54,7 @@ class BatchWrites(Connected):
                     watch_failure=f'"{Kind.ON_FIRST_FAILURE.value}"' in new.callbacks,
                 )
             )  # fmt: skip
-            connection.execute(
-                sa.insert(tally), [{"batch_id": new.id, "shard": shard} for shard in range(new.shards)]
-            )
+            connection.execute(sa.insert(tally), [{"batch_id": new.id, "shard": shard} for shard in range(new.shards)])
             if children:
                 self._insert(connection, new.id, new.shards, 0, children)
             if seal:
@@ -96,9 +95,7 @@ class BatchWrites(Connected):
                 .where(tally.c.batch_id == batch_id, tally.c.shard == shard)
                 .values(total=tally.c.total + count, items_total=tally.c.items_total + items)
             )
-        connection.execute(
-            sa.update(batch).where(batch.c.id == batch_id).values(next_position=first + len(children))
-        )
+        connection.execute(sa.update(batch).where(batch.c.id == batch_id).values(next_position=first + len(children)))
 
     def seal(self, batch_id: uuid.UUID) -> bool:
         """``open → running``: no more children, and dispatch may start. False if it is open no more."""
@@ -176,9 +173,7 @@ class BatchWrites(Connected):
         self, connection: sa.Connection, transition: Any, row: BatchRow, status: BatchStatus,
         kinds: tuple[Kind, ...], reason: EndReason | None = None,
     ) -> Finished:  # fmt: skip
-        connection.execute(
-            change_batch(transition, status, batch.c.id == row.id, reason=reason, opened_by=None)
-        )
+        connection.execute(change_batch(transition, status, batch.c.id == row.id, reason=reason, opened_by=None))
         due = DueCallbacks(row.id, row.round, row.callbacks, row.next_position)
         inserted = callbacks.insert(connection, due, kinds)
         return Finished(row.id, row.name, status, reason, inserted)
@@ -196,12 +191,23 @@ class BatchWrites(Connected):
                 connection, CANCEL_BATCH, row, BatchStatus.CANCELLED, _DUE_KINDS[BatchStatus.CANCELLED], reason
             )
             runs = self._cancel_children(connection, batch_id)
-            return Finished(
-                ended.batch_id, ended.name, ended.status, ended.reason, ended.callbacks, tuple(runs)
-            )
+            return Finished(ended.batch_id, ended.name, ended.status, ended.reason, ended.callbacks, tuple(runs))
 
     def _cancel_children(self, connection: sa.Connection, batch_id: uuid.UUID) -> list[CancelledRun]:
-        """One UPDATE over pending and running: two would lose the child whose claim is in flight."""
+        """One UPDATE over pending and running: two would lose the child whose claim is in flight.
+
+        The locks come first, by position, so that it never waits crosswise with another writer of several.
+        """
+        if not self.sqlite:
+            is_open = child.c.status.in_([Status.PENDING.value, Status.RUNNING.value])
+            locked = (
+                sa.select(child.c.position)
+                .where(child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value, is_open)
+                .order_by(child.c.position)
+                .with_for_update()
+                .subquery()
+            )
+            connection.execute(sa.select(sa.func.count()).select_from(locked))
         rows = connection.execute(
             change(
                 CANCEL, child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
@@ -211,9 +217,7 @@ class BatchWrites(Connected):
             )
         ).all()  # fmt: skip
         move(connection, batch_id, rows, None, Status.CANCELLED)
-        return [
-            _cancelled_run(batch_id, row) for row in rows if row.worker_id is not None
-        ]
+        return [_cancelled_run(batch_id, row) for row in rows if row.worker_id is not None]
 
     def abandoned(self) -> list[uuid.UUID]:
         """Open batches whose opener is gone."""
@@ -241,9 +245,7 @@ class BatchWrites(Connected):
 
 
 def _cancelled_run(batch_id: uuid.UUID, row: Any) -> CancelledRun:
-    return CancelledRun(
-        ChildKey(batch_id, row.position), row.worker_id, row.slot, row.run_token, row.task_id
-    )
+    return CancelledRun(ChildKey(batch_id, row.position), row.worker_id, row.slot, row.run_token, row.task_id)
 
 
 def _child_values(batch_id: uuid.UUID, position: int, shard: int, new: NewChild) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ..vocabulary.states import Kind, Status
+from celery_batchtrack.vocabulary.states import Kind, Status
+
 from .clock import now
 from .schema import batch, child
 
@@ -33,9 +34,7 @@ def _no_row_yet(kind: Kind) -> sa.ColumnElement[bool]:
     )
 
 
-def lock_for_first_failure(
-    connection: sa.Connection, batch_id: uuid.UUID, status: Status
-) -> DueCallbacks | None:
+def lock_for_first_failure(connection: sa.Connection, batch_id: uuid.UUID, status: Status) -> DueCallbacks | None:
     """Before a child fails: lock its batch if that may be the failure `on_first_failure` waits for.
 
     Locks go batch → child → tally everywhere, so this comes before the child is touched.
@@ -76,9 +75,7 @@ def insert(connection: sa.Connection, due: DueCallbacks, kinds: tuple[Kind, ...]
     for offset, row in enumerate(rows):
         row["position"] = due.next_position + offset
     connection.execute(
-        sa.update(batch)
-        .where(batch.c.id == due.batch_id)
-        .values(next_position=due.next_position + len(rows))
+        sa.update(batch).where(batch.c.id == due.batch_id).values(next_position=due.next_position + len(rows))
     )
     connection.execute(sa.insert(child).values(created_at=now()), rows)
     return len(rows)

@@ -10,17 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from ..vocabulary.ids import ChildKey, uuid7
-from ..vocabulary.records import (
-    ChildRow,
-    Claimed,
-    Ending,
-    Evidence,
-    Refused,
-    Release,
-    Settled,
-)
-from ..vocabulary.states import (
+from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
+from celery_batchtrack.vocabulary.records import ChildRow, Claimed, Ending, Evidence, Refused, Release, Settled
+from celery_batchtrack.vocabulary.states import (
     BATCH_ALIVE,
     CLAIM,
     CRASH,
@@ -39,6 +31,7 @@ from ..vocabulary.states import (
     Transition,
     Verdict,
 )
+
 from . import callbacks
 from .clock import later, now
 from .engine import Connected
@@ -82,7 +75,7 @@ class ChildWrites(Connected):
             )
             .values(
                 attempt=child.c.attempt + 1, run_token=token, worker_id=worker_id, slot=slot,
-                started_at=now(), policy=policy,
+                started_at=now(), policy=policy, verdict=None,
             )
             .returning(child.c.attempt, child.c.kind)
         )  # fmt: skip
@@ -95,12 +88,11 @@ class ChildWrites(Connected):
             return Claimed(key, row.attempt, token, row.kind)
         return self._why_refused(key, attempt, token, worker_id)
 
-    def _why_refused(
-        self, key: ChildKey, attempt: int, token: uuid.UUID, worker_id: uuid.UUID
-    ) -> Claimed | Refused:
+    def _why_refused(self, key: ChildKey, attempt: int, token: uuid.UUID, worker_id: uuid.UUID) -> Claimed | Refused:
         query = (
             sa.select(
-                *CHILD_COLUMNS, batch.c.status.label("batch_status"), batch.c.paused_at, batch.c.round.label("now_round"),
+                *CHILD_COLUMNS,
+                batch.c.status.label("batch_status"), batch.c.paused_at, batch.c.round.label("now_round"),
                 (child.c.expires_at <= now()).label("expired"), _worker_lives(worker_id).label("known"),
             )
             .join(batch, batch.c.id == child.c.batch_id)
@@ -133,7 +125,7 @@ class ChildWrites(Connected):
 
     def settle(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled:
         """Write a run's end and its count. Repeatable: the same token may ask twice."""
-        if ending.evidence is None and not self.sqlite:
+        if ending.evidence is None and ending.status is not Status.FAILED and not self.sqlite:
             answer = self._settle_at_once(key, token, ending)
         else:
             answer = self._settle_in_steps(key, token, ending)
@@ -148,9 +140,7 @@ class ChildWrites(Connected):
     def _settle_in_steps(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled | None:
         with self.write() as connection:
             first = callbacks.lock_for_first_failure(connection, key.batch_id, ending.status)
-            rows = connection.execute(
-                _end(key, token, ending).returning(*MOVED, child.c.attempt)
-            ).all()
+            rows = connection.execute(_end(key, token, ending).returning(*MOVED, child.c.attempt)).all()
             if not rows:
                 return None
             look = move(connection, key.batch_id, rows, None, ending.status)
@@ -178,23 +168,17 @@ class ChildWrites(Connected):
         found = connection.execute(sa.select(*CHILD_COLUMNS).where(at(key)).with_for_update()).one_or_none()
         return None if found is None else child_row(found)
 
-    def _may_overturn(
-        self, connection: sa.Connection, row: ChildRow, token: uuid.UUID, ending: Ending
-    ) -> bool:
+    def _may_overturn(self, connection: sa.Connection, row: ChildRow, token: uuid.UUID, ending: Ending) -> bool:
         if row.run_token != token or row.verdict != Verdict.LEASE or ending.status not in OVERTURNS:
             return False
         if row.status not in OVERTURNS[ending.status].sources:
             return False
         if row.kind != Kind.CHILD:
             return True  # fenced by its token alone
-        status = connection.execute(
-            sa.select(batch.c.status).where(batch.c.id == row.batch_id)
-        ).scalar_one()
+        status = connection.execute(sa.select(batch.c.status).where(batch.c.id == row.batch_id)).scalar_one()
         return bool(status == BatchStatus.RUNNING or status == BatchStatus.OPEN)
 
-    def _overturn(
-        self, connection: sa.Connection, row: ChildRow, token: uuid.UUID, ending: Ending
-    ) -> Settled:
+    def _overturn(self, connection: sa.Connection, row: ChildRow, token: uuid.UUID, ending: Ending) -> Settled:
         source = Status(row.status)
         rows = connection.execute(
             change(
@@ -234,9 +218,7 @@ class ChildWrites(Connected):
 
     # -- ends that others write ------------------------------------------------------------------
 
-    def crash(
-        self, row: ChildRow, evidence: Evidence, verdict: Verdict, run_again_in: float | None
-    ) -> Settled:
+    def crash(self, row: ChildRow, evidence: Evidence, verdict: Verdict, run_again_in: float | None) -> Settled:
         """A run died. `run_again_in` seconds it is pending once more, or None: it is crashed.
 
         Fenced by the run token that `row` was read with.
@@ -265,9 +247,7 @@ class ChildWrites(Connected):
         with self.write() as connection:
             watched = transition.target if verdict is Verdict.OBSERVED else Status.PENDING
             first = callbacks.lock_for_first_failure(connection, row.batch_id, watched)
-            found = connection.execute(
-                change(transition, *guard, **values).returning(*MOVED, child.c.attempt)
-            ).all()
+            found = connection.execute(change(transition, *guard, **values).returning(*MOVED, child.c.attempt)).all()
             if not found:
                 return Settled(False)
             outcome = "retried" if run_again_in is not None else transition.target
@@ -284,9 +264,7 @@ class ChildWrites(Connected):
         with self.write() as connection:
             return connection.execute(statement).rowcount == 1
 
-    def settle_unstarted(
-        self, key: ChildKey, attempt: int, status: Status, evidence: Evidence
-    ) -> Settled:
+    def settle_unstarted(self, key: ChildKey, attempt: int, status: Status, evidence: Evidence) -> Settled:
         """A message that never reached its task (unknown name, revoked, expired, refused content)."""
         transition = WITHDRAW if status is Status.CANCELLED else REFUSE
         with self.write() as connection:
@@ -317,9 +295,7 @@ class ChildWrites(Connected):
 
     def running_of(self, worker_id: uuid.UUID, slot_prefix: str = "") -> list[ChildRow]:
         """Running rows of one worker, or of one of its processes (``pid:start``) or slots."""
-        query = sa.select(*CHILD_COLUMNS).where(
-            child.c.worker_id == worker_id, child.c.status == Status.RUNNING.value
-        )
+        query = sa.select(*CHILD_COLUMNS).where(child.c.worker_id == worker_id, child.c.status == Status.RUNNING.value)
         if slot_prefix:
             query = query.where(child.c.slot.startswith(slot_prefix, autoescape=True))
         with self.read() as connection:
@@ -341,7 +317,7 @@ class ChildWrites(Connected):
         return zombies
 
 
-class SlotTaken(Exception):  # noqa: N818 (an answer, not a failure)
+class SlotTaken(Exception):
     """The slot still runs another row: its former child is over, and nobody has said so."""
 
 
@@ -351,7 +327,8 @@ def _zombie(found: Any, token: uuid.UUID) -> str | None:
     row = child_row(found[: len(CHILD_COLUMNS)])
     if row.run_token != token:
         return "its row was claimed anew"
-    if row.status == Status.RUNNING or row.verdict == Verdict.LEASE:
+    batch_lives = row.kind != Kind.CHILD or found.batch_status in BATCH_ALIVE
+    if row.status == Status.RUNNING or (row.verdict == Verdict.LEASE and batch_lives):
         return None  # alive, or taken for dead by its lease alone: that may still be overturned
     if row.status in SETTLED:
         return f"its row is {row.status} ({row.cause or found.batch_status})"
@@ -360,8 +337,8 @@ def _zombie(found: Any, token: uuid.UUID) -> str | None:
 
 def _end(key: ChildKey, token: uuid.UUID, ending: Ending) -> sa.Update:
     values: dict[str, Any] = {"result": ending.result, "cause": ending.cause}
-    if ending.status is Status.COMPLETED:
-        values["signature"] = None  # arguments are customers' data: gone when no longer needed
+    if ending.status is Status.COMPLETED and not ending.keep_signature:
+        values["signature"] = None
     return change(ENDINGS[ending.status], at(key), child.c.run_token == token, **values)
 
 
@@ -397,10 +374,10 @@ def record(
 
 
 def _text(value: str | None, limit: int = 20_000) -> str | None:
-    """Bounded, and without the NUL characters that PostgreSQL refuses in text."""
+    """Bounded, and without what a database refuses in text: NUL characters, lone surrogates."""
     if value is None:
         return None
-    value = value.replace("\0", "\\0")
+    value = value.replace("\0", "\\0").encode(errors="backslashreplace").decode()
     return value if len(value) <= limit else value[: limit // 2] + "\n… cut …\n" + value[-limit // 2 :]
 
 

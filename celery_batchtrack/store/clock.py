@@ -35,21 +35,21 @@ class Moment(sa.TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-class now(FunctionElement[datetime]):  # noqa: N801 (reads as SQL)
+class now(FunctionElement[datetime]):
     """The database's present moment: the start of the statement, not of its transaction."""
 
     type = Moment()
     inherit_cache = True
 
 
-class later(FunctionElement[datetime]):  # noqa: N801
+class later(FunctionElement[datetime]):
     """`later(seconds)`: that many seconds from now (negative: ago)."""
 
     type = Moment()
     inherit_cache = True
 
 
-class age(FunctionElement[float]):  # noqa: N801
+class age(FunctionElement[float]):
     """`age(column)`: seconds from the column's moment until now; `age(a, b)`: from a until b."""
 
     type = sa.Float()

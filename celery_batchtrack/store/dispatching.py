@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable
-from typing import Any
 
 import sqlalchemy as sa
 
-from ..vocabulary.ids import ChildKey
-from ..vocabulary.records import BatchRow, ChildRow, Outgoing
-from ..vocabulary.states import BatchStatus, Kind, Status
+from celery_batchtrack.vocabulary.ids import ChildKey
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Outgoing
+from celery_batchtrack.vocabulary.states import BatchStatus, Kind, Status
+
 from .clock import age, now
 from .engine import Connected
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
@@ -28,9 +28,7 @@ def _publishable() -> sa.ColumnElement[bool]:
         batch.c.paused_at.is_(None),
     )
     called = sa.and_(child.c.kind != Kind.CHILD.value, child.c.round == batch.c.round)
-    return sa.and_(
-        child.c.status == Status.PENDING.value, child.c.waits_on_batch.is_(None), sa.or_(header, called)
-    )
+    return sa.and_(child.c.status == Status.PENDING.value, child.c.waits_on_batch.is_(None), sa.or_(header, called))
 
 
 class Dispatching(Connected):
@@ -38,7 +36,7 @@ class Dispatching(Connected):
 
     def take_undispatched(self, batch_id: uuid.UUID | None, limit: int) -> list[Outgoing]:
         """Up to `limit` rows that were never published for their attempt, of one batch or of any."""
-        wanted = [child.c.dispatched_at.is_(None)]
+        wanted: list[sa.ColumnElement[bool]] = [child.c.dispatched_at.is_(None)]
         if batch_id is not None:
             wanted.append(child.c.batch_id == batch_id)
         return self._take(sa.and_(*wanted), limit)
@@ -59,8 +57,7 @@ class Dispatching(Connected):
         )  # fmt: skip
         with self.read() as connection:
             return [
-                (row[0], row[1], float(row[2]), row[3], ChildKey(row[4], row[5]))
-                for row in connection.execute(query)
+                (row[0], row[1], float(row[2]), row[3], ChildKey(row[4], row[5])) for row in connection.execute(query)
             ]
 
     def expired(self, limit: int = 1000) -> list[ChildRow]:
@@ -103,9 +100,7 @@ class Dispatching(Connected):
             .returning(*CHILD_COLUMNS)
         )
         with self.write() as connection:
-            rows = sorted(
-                (child_row(row) for row in connection.execute(statement)), key=lambda row: row.key
-            )
+            rows = sorted((child_row(row) for row in connection.execute(statement)), key=lambda row: row.key)
             batches = self._batches(connection, {row.batch_id for row in rows})
         return [Outgoing(row, batches[row.batch_id]) for row in rows]
 
@@ -134,5 +129,3 @@ def _by_batch(keys: Iterable[ChildKey]) -> dict[uuid.UUID, list[int]]:
     for key in keys:
         grouped.setdefault(key.batch_id, []).append(key.position)
     return grouped
-
-

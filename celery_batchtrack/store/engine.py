@@ -12,7 +12,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event, exc
 
-from .. import errors
+from celery_batchtrack import errors
+
 from . import migrate, schema
 
 #: Serialises this process's SQLite transactions, and keeps a fork from falling into one: a child
@@ -37,9 +38,7 @@ def _after_fork_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork_parent, after_in_child=_after_fork_child
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_parent, after_in_child=_after_fork_child)
 
 
 def normalised(url: str) -> sa.URL:
@@ -150,7 +149,13 @@ class Connected:
         elif state is not migrate.State.CURRENT:
             raise migrate.refusal(state, self.shown_url)
         with self._raw_read() as connection:
-            return connection.execute(sa.select(schema.meta.c.store_id)).scalar_one()
+            found: uuid.UUID = connection.execute(sa.select(schema.meta.c.store_id)).scalar_one()
+            return found
+
+    def schema_state(self) -> migrate.State:
+        """How the database's schema compares with the code's."""
+        with self._raw_read() as connection:
+            return migrate.state(connection)
 
     def migrate(self) -> None:
         """Bring the tables to this version's schema. Safe to run twice, and by two at once."""
@@ -161,7 +166,8 @@ class Connected:
     @property
     def shown_url(self) -> str:
         """The URL without its password, for messages."""
-        return self.url.render_as_string(hide_password=True)
+        secret = {key: "***" for key in self.url.query if "pass" in key.lower()}
+        return self.url.update_query_dict(secret).render_as_string(hide_password=True)
 
     # -- transactions ----------------------------------------------------------------------------
 
@@ -211,8 +217,10 @@ class Connected:
             yield
         except (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError) as error:
             raise errors.DatabaseUnavailable(self._explain(error)) from error
-        except exc.ProgrammingError as error:
-            if "permission denied" in str(error.orig).lower():
+        except exc.DatabaseError as error:
+            if type(error) is exc.DatabaseError:  # e.g. SQLite: the file is no database, or is damaged
+                raise errors.DatabaseUnavailable(self._explain(error)) from error
+            if isinstance(error, exc.ProgrammingError) and "permission denied" in str(error.orig).lower():
                 raise errors.DatabaseUnavailable(self._explain(error)) from error
             raise
 

@@ -10,7 +10,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 
-from .. import errors
+from celery_batchtrack import errors
 
 VERSION_TABLE = "batchtrack_alembic_version"
 _SCRIPTS = Path(__file__).parent / "migrations"

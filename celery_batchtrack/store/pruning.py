@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from ..vocabulary.states import OPEN, BatchStatus, Kind
+from celery_batchtrack.vocabulary.states import OPEN, BatchStatus, Kind
+
 from .clock import later
 from .engine import Connected
 from .schema import batch, child, worker
@@ -25,9 +26,7 @@ class Pruning(Connected):
             child.c.status.in_([each.value for each in OPEN]),
         )  # fmt: skip
         which = (
-            batch.c.status == BatchStatus.COMPLETED.value
-            if status
-            else batch.c.status != BatchStatus.COMPLETED.value
+            batch.c.status == BatchStatus.COMPLETED.value if status else batch.c.status != BatchStatus.COMPLETED.value
         )
         old = (
             sa.select(batch.c.id)
@@ -47,5 +46,6 @@ class Pruning(Connected):
         """Delete workers that ended that long ago and are named by no child any more."""
         over = sa.func.coalesce(worker.c.stopped_at, worker.c.lost_at) < later(-seconds)
         named = sa.exists().where(child.c.worker_id == worker.c.id, child.c.status == "running")
+        opener = sa.exists().where(batch.c.opened_by == worker.c.id)  # until a sweep has cancelled what it left open
         with self.write() as connection:
-            return connection.execute(sa.delete(worker).where(over, ~named)).rowcount
+            return connection.execute(sa.delete(worker).where(over, ~named, ~opener)).rowcount

@@ -9,9 +9,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from .. import errors
-from ..vocabulary.records import BatchRow, ChildRow, IncidentRow, Progress
-from ..vocabulary.states import Kind, Status
+from celery_batchtrack import errors
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, IncidentRow, Progress
+from celery_batchtrack.vocabulary.states import Kind, Status
+
 from .clock import age, later, now
 from .engine import Connected
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
@@ -28,26 +29,27 @@ class Queries(Connected):
 
     def batch(self, batch_id: uuid.UUID) -> BatchRow | None:
         with self.read() as connection:
-            found = connection.execute(
-                sa.select(*BATCH_COLUMNS).where(batch.c.id == batch_id)
-            ).one_or_none()
+            found = connection.execute(sa.select(*BATCH_COLUMNS).where(batch.c.id == batch_id)).one_or_none()
         return None if found is None else batch_row(found)
 
+    def batches(self, ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, BatchRow]:
+        """The rows of those that are there."""
+        with self.read() as connection:
+            rows = connection.execute(sa.select(*BATCH_COLUMNS).where(batch.c.id.in_(list(ids)))).all()
+        return {row.id: batch_row(row) for row in rows}
+
     def resolve(self, prefix: str) -> uuid.UUID:
-        """The batch whose id is, or starts with, `prefix`. Raises BatchNotFound."""
-        try:
-            if len(prefix) >= 32:
-                found: Sequence[uuid.UUID] = [uuid.UUID(prefix)]
-                return found[0] if self.batch(found[0]) else self._not_found(prefix)
-        except ValueError:
+        """The batch whose id is, or starts with, `prefix` (hyphens may be left out). Raises BatchNotFound."""
+        digits = prefix.lower().replace("-", "")
+        if not 0 < len(digits) <= 32 or set(digits) - set("0123456789abcdef"):
             return self._not_found(prefix)
-        if not prefix or set(prefix.lower()) - set("0123456789abcdef-"):
-            return self._not_found(prefix)
+        parts = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+        start = "-".join(part for part in parts if part)
         text = sa.cast(batch.c.id, sa.String(36)) if not self.sqlite else sa.type_coerce(batch.c.id, sa.String)
         with self.read() as connection:
             found = list(
                 connection.execute(
-                    sa.select(batch.c.id).where(text.startswith(prefix.lower(), autoescape=True)).limit(3)
+                    sa.select(batch.c.id).where(text.startswith(start, autoescape=True)).limit(2)
                 ).scalars()
             )
         if len(found) > 1:
@@ -155,11 +157,10 @@ class Queries(Connected):
     ) -> list[IncidentRow]:  # fmt: skip
         """Incidents, oldest first. `crashes_only`: deaths, those included after which a child ran again;
         `since`: not older than that many seconds."""
+        of_child: dict[str, Any] = {"task": child.c.task, "task_id": child.c.task_id, "items": child.c["items"]}
         columns = [
-            {"task": child.c.task, "task_id": child.c.task_id, "items": child.c["items"]}.get(name)
-            if name in ("task", "task_id", "items") else incident.c[name]
-            for name in IncidentRow.__slots__
-        ]  # fmt: skip
+            of_child[name] if name in of_child else incident.c[name] for name in IncidentRow.__slots__
+        ]
         query = sa.select(*columns).join(
             child, sa.and_(child.c.batch_id == incident.c.batch_id, child.c.position == incident.c.position)
         )
@@ -199,7 +200,7 @@ class Queries(Connected):
             return connection.execute(sa.select(now())).scalar_one()
 
 
-def _progress(row: sa.Row[Any]) -> Progress:
+def _progress(row: Any) -> Progress:
     counts = {name: int(getattr(row, name) or 0) for name in _COUNTS}
     settled = counts["completed"] + counts["failed"] + counts["crashed"] + counts["cancelled"]
     # Tallies and rows are read in one statement, but a claim may sit between a settle's two halves
@@ -213,7 +214,7 @@ def _progress(row: sa.Row[Any]) -> Progress:
     )  # fmt: skip
 
 
-def _incident_row(row: sa.Row[Any]) -> IncidentRow:
+def _incident_row(row: Any) -> IncidentRow:
     values = dict(zip(IncidentRow.__slots__, row, strict=True))
     values["items"] = values["items"] or []
     return IncidentRow(**values)

@@ -6,7 +6,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ..vocabulary.records import BatchRow, ChildRow, WorkerRow
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, WorkerRow
+
 from .schema import batch, child, worker
 
 CHILD_COLUMNS = tuple(child.c[name] for name in ChildRow.__slots__)

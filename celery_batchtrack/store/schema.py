@@ -11,7 +11,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-from ..vocabulary.states import CALLBACK_KINDS, OPEN, BatchStatus, Kind, Status, Verdict
+from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, OPEN, BatchStatus, Kind, Status, Verdict
+
 from .clock import Identifier, Moment, now
 
 metadata = sa.MetaData(

@@ -8,7 +8,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ..vocabulary.states import BatchStatus, BatchTransition, Kind, Status, Transition
+from celery_batchtrack.vocabulary.states import BatchStatus, BatchTransition, Kind, Status, Transition
+
 from .clock import now
 from .schema import batch, child, tally
 
@@ -39,9 +40,7 @@ def change_batch(
     ended = {"finished_at": now()} if target not in (BatchStatus.OPEN, BatchStatus.RUNNING) else {}
     allowed = [source.value for source in transition.sources]
     return (
-        sa.update(batch)
-        .where(*guards, batch.c.status.in_(allowed))
-        .values({"status": target.value, **ended, **values})
+        sa.update(batch).where(*guards, batch.c.status.in_(allowed)).values({"status": target.value, **ended, **values})
     )
 
 
@@ -56,9 +55,7 @@ def counted(source: Status | None, target: Status, items: Any, count: Any = 1) -
 
 
 #: How many children of the shard are still open, after the change.
-OPEN_IN_SHARD = (
-    tally.c.total - tally.c.completed - tally.c.failed - tally.c.crashed - tally.c.cancelled
-).label("open")
+OPEN_IN_SHARD = (tally.c.total - tally.c.completed - tally.c.failed - tally.c.crashed - tally.c.cancelled).label("open")
 
 
 def move(
@@ -103,6 +100,4 @@ def settle_and_count(settle: sa.Update, target: Status) -> sa.Select[Any]:
         .returning(OPEN_IN_SHARD)
         .cte("moved")
     )
-    return sa.select(settled.c.kind, moved.c.open).select_from(
-        settled.outerjoin(moved, sa.true())
-    )
+    return sa.select(settled.c.kind, moved.c.open).select_from(settled.outerjoin(moved, sa.true()))

@@ -7,8 +7,17 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from ..vocabulary.records import Violation
-from ..vocabulary.states import BATCH_ALIVE, BATCH_ENDED, CALLBACK_KINDS, OPEN, BatchStatus, Kind, Status
+from celery_batchtrack.vocabulary.records import Violation
+from celery_batchtrack.vocabulary.states import (
+    BATCH_ALIVE,
+    BATCH_ENDED,
+    CALLBACK_KINDS,
+    OPEN,
+    BatchStatus,
+    Kind,
+    Status,
+)
+
 from .clock import age
 from .engine import Connected
 from .schema import batch, child, incident, tally, worker
@@ -29,7 +38,7 @@ def check(function: Check) -> Check:
 
 
 def _label(*columns: Any) -> Any:
-    text = sa.cast(columns[0], sa.String(36))
+    text: sa.ColumnElement[str] = sa.cast(columns[0], sa.String(36))
     for column in columns[1:]:
         text = text + "#" + sa.cast(column, sa.String(36))
     return text.label("example")
@@ -48,9 +57,7 @@ def tally_equals_rows(grace: float) -> sa.Select[Any]:
     for status in _COUNTED:
         is_it = child.c.status == status.value
         counts.append(sa.func.sum(sa.case((is_it, 1), else_=0)).label(status.value))
-        counts.append(
-            sa.func.sum(sa.case((is_it, child.c.item_count), else_=0)).label(f"items_{status.value}")
-        )
+        counts.append(sa.func.sum(sa.case((is_it, child.c.item_count), else_=0)).label(f"items_{status.value}"))
     rows = (
         sa.select(child.c.batch_id, child.c.shard, *counts)
         .where(_CHILD)
@@ -59,9 +66,7 @@ def tally_equals_rows(grace: float) -> sa.Select[Any]:
     )
     names = [each.name for each in counts]
     differs = sa.or_(*(sa.func.coalesce(rows.c[name], 0) != tally.c[name] for name in names))
-    joined = tally.outerjoin(
-        rows, sa.and_(rows.c.batch_id == tally.c.batch_id, rows.c.shard == tally.c.shard)
-    )
+    joined = tally.outerjoin(rows, sa.and_(rows.c.batch_id == tally.c.batch_id, rows.c.shard == tally.c.shard))
     return sa.select(_label(tally.c.batch_id, tally.c.shard)).select_from(joined).where(differs)
 
 
@@ -73,9 +78,7 @@ def every_child_has_a_tally(grace: float) -> sa.Select[Any]:
 
 @check
 def settled_has_finished_at(grace: float) -> sa.Select[Any]:
-    return sa.select(_label(*_CHILD_LABEL)).where(
-        child.c.status.in_(_OPEN) != child.c.finished_at.is_(None)
-    )
+    return sa.select(_label(*_CHILD_LABEL)).where(child.c.status.in_(_OPEN) != child.c.finished_at.is_(None))
 
 
 @check
@@ -111,9 +114,7 @@ def not_completed_has_cause(grace: float) -> sa.Select[Any]:
 
 @check
 def crashed_has_incident(grace: float) -> sa.Select[Any]:
-    there = sa.exists().where(
-        incident.c.batch_id == child.c.batch_id, incident.c.position == child.c.position
-    )
+    there = sa.exists().where(incident.c.batch_id == child.c.batch_id, incident.c.position == child.c.position)
     return sa.select(_label(*_CHILD_LABEL)).where(child.c.status == Status.CRASHED.value, ~there)
 
 

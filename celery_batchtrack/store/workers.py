@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
 from datetime import datetime
 
 import sqlalchemy as sa
 
-from ..vocabulary.records import ChildRow, HostIdentity, NewWorker, WorkerRow
-from ..vocabulary.states import Detector, Status
+from celery_batchtrack.vocabulary.records import ChildRow, HostIdentity, NewWorker, WorkerRow
+from celery_batchtrack.vocabulary.states import Detector, Status
+
 from .clock import age, later, now
 from .engine import Connected
 from .rows import CHILD_COLUMNS, WORKER_COLUMNS, child_row, worker_row
@@ -25,15 +25,11 @@ class WorkerWrites(Connected):
     def register(self, new: NewWorker) -> None:
         """Insert the worker's row; a second call with the same id changes nothing."""
         values = {name: getattr(new, name) for name in NewWorker.__slots__ if name != "host"}
-        values.update(
-            hostname=new.host.hostname, boot_id=new.host.boot_id, pid_namespace=new.host.pid_namespace
-        )
+        values.update(hostname=new.host.hostname, boot_id=new.host.boot_id, pid_namespace=new.host.pid_namespace)
         with self.write() as connection:
             known = connection.execute(sa.select(worker.c.id).where(worker.c.id == new.id)).one_or_none()
             if known is None:
-                connection.execute(
-                    sa.insert(worker).values(**values, beat=0, beat_at=now(), started_at=now())
-                )
+                connection.execute(sa.insert(worker).values(**values, beat=0, beat_at=now(), started_at=now()))
 
     def beat(self, worker_id: uuid.UUID) -> bool:
         """One pulse: clears every suspicion and revives a worker lost by its lease. False if unknown."""
@@ -75,9 +71,7 @@ class WorkerWrites(Connected):
         if beat is not None:
             guard.append(worker.c.beat == beat)
         with self.single() as connection:
-            done = connection.execute(
-                sa.update(worker).where(*guard).values(lost_at=now(), lost_by=by.value)
-            )
+            done = connection.execute(sa.update(worker).where(*guard).values(lost_at=now(), lost_by=by.value))
         return done.rowcount == 1
 
     # -- suspicion by lease ----------------------------------------------------------------------
@@ -86,7 +80,8 @@ class WorkerWrites(Connected):
         """Stamp workers whose pulse is older than their lease. `anew` restarts every suspicion's clock."""
         stale = sa.and_(_ALIVE, worker.c.beat_at < later(-1.0 * worker.c.lease))
         unstamped = sa.or_(worker.c.suspected_beat.is_(None), worker.c.suspected_beat != worker.c.beat)
-        condition = stale if anew else sa.and_(stale, unstamped)
+        stamped = sa.and_(_ALIVE, worker.c.suspected_at.is_not(None))
+        condition = sa.or_(stale, stamped) if anew else sa.and_(stale, unstamped)
         with self.single() as connection:
             connection.execute(
                 sa.update(worker).where(condition).values(suspected_beat=worker.c.beat, suspected_at=now())
@@ -124,9 +119,7 @@ class WorkerWrites(Connected):
         )
         split = len(CHILD_COLUMNS)
         with self.read() as connection:
-            return [
-                (child_row(row[:split]), worker_row(row[split:])) for row in connection.execute(query)
-            ]
+            return [(child_row(row[:split]), worker_row(row[split:])) for row in connection.execute(query)]
 
     def workers_of(self, host: HostIdentity) -> list[WorkerRow]:
         """Live workers whose pids mean something here: same host, same boot, same pid namespace."""
@@ -156,9 +149,7 @@ class WorkerWrites(Connected):
                 sa.select(meta.c.swept_at, meta.c.server_started_at, age(meta.c.swept_at).label("ago"))
                 .with_for_update()
             ).one()  # fmt: skip
-            connection.execute(
-                sa.update(meta).values(swept_at=now(), swept_by=by[:255], server_started_at=started)
-            )
+            connection.execute(sa.update(meta).values(swept_at=now(), swept_by=by[:255], server_started_at=started))
         recent = row.swept_at is not None and row.ago <= 2 * interval + _SECOND_OF_JITTER
         return recent and row.server_started_at == started
 

@@ -57,6 +57,8 @@ class Ticket:
     kind: str = "child"
     #: For Celery errbacks: id of the body, and the text of the error that kept it from running.
     errback: tuple[str, str] | None = None
+    #: Whether the result is to be stored (`results="none"` says no).
+    keep_result: bool = True
 
     def as_header(self) -> dict[str, Any]:
         """The JSON form that travels in the message header `HEADER`."""
@@ -70,6 +72,8 @@ class Ticket:
             header["kind"] = self.kind
         if self.errback:
             header["errback"] = list(self.errback)
+        if not self.keep_result:
+            header["results"] = "none"
         return header
 
     @classmethod
@@ -85,6 +89,7 @@ class Ticket:
                 attempt=int(header["attempt"]),
                 kind=str(header.get("kind", "child")),
                 errback=(str(errback[0]), str(errback[1])) if errback else None,
+                keep_result=header.get("results") != "none",
             )
         except (KeyError, ValueError, TypeError, AttributeError):
             return None

@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from typing import Any
 
-from ..errors import InvalidOption
+from celery_batchtrack.errors import InvalidOption
+
 from .states import BatchStatus, Cause
 
 ON_CRASH = ("as_acks", "record", "retry")
@@ -36,23 +38,21 @@ class Tolerance:
             return cls(children=value)
         match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
         if match is None:
-            raise InvalidOption(
-                f"tolerance must be a number of children or text such as '2%', not {value!r}"
-            )
+            raise InvalidOption(f"tolerance must be a number of children or text such as '2%', not {value!r}")
         percent = float(match[1])
         if percent > 100:
             raise InvalidOption(f"tolerance must be at most 100%, but is {value!r}")
         return cls(percent=percent)
 
     def as_option(self) -> int | str:
-        return self.children if self.percent is None else f"{self.percent:g}%"
+        return self.children if self.percent is None else f"{self.percent:.15g}%"
 
     def allows(self, not_completed: int, total: int) -> bool:
         """Whether `not_completed` of `total` children may be missing."""
         if self.percent is None:
             return not_completed <= self.children
-        # Whole numbers of hundredths of a percent, so that 2% of 50 is 1 and not 0.9999…
-        return not_completed * 10_000 <= total * round(self.percent * 100)
+        # Exact, so that 2% of 50 is 1 and not 0.9999…
+        return not_completed * 100 <= total * Fraction(repr(self.percent))
 
 
 def outcome(tolerance: Tolerance, completed: int, total: int) -> BatchStatus:

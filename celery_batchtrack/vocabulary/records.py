@@ -252,6 +252,7 @@ class Ending:
     result: str | None = None
     cause: Cause | None = None
     evidence: Evidence | None = None
+    keep_signature: bool = False  # of a completed child; arguments go otherwise, for they may be customers' data
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +282,7 @@ class Outgoing:
 class Progress:
     """Counts of a batch at one moment, by children and by items. Always adds up to `total`.
 
-    `percent` is whole: floor(100 × settled items / items), at most 99 before the end, 100 after.
+    `percent` is whole: floor(100 * settled items / items), at most 99 before the end, 100 after.
     `rate` is settled items per second of database time since `started_at`; `eta` is seconds,
     linear; both None while nothing is settled.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import Any
 
-from ..errors import ImproperlyConfigured
+from celery_batchtrack.errors import ImproperlyConfigured
 
 PREFIX = "batchtrack_"
 
@@ -106,25 +106,35 @@ class Settings:
 
     enabled: bool = _setting(True, _boolean, "boolean", "off: new chords go through Celery's own chord")
     database_url: str | None = _setting(
-        None, _optional_text, "SQLAlchemy URL",
+        None,
+        _optional_text,
+        "SQLAlchemy URL",
         "the tracking database; must be set unless the broker is the embedded one or tasks are always eager",
     )
     auto_migrate: bool | None = _setting(
-        None, _optional_boolean, "boolean",
+        None,
+        _optional_boolean,
+        "boolean",
         "create the tables in an empty database at first use; by default only on SQLite",
     )
     engine_options: Mapping[str, Any] = _setting({}, _mapping, "mapping", "passed to sqlalchemy.create_engine")
     heartbeat: float = _setting(5.0, _positive, "seconds", "a worker's main process writes its pulse this often")
     lease: float = _setting(15.0, _positive, "seconds", "a prefork worker silent for longer is suspected")
     lease_shared_gil: float = _setting(
-        60.0, _positive, "seconds", "the lease of threads and solo pools and of client processes, whose work can hold the GIL"
+        60.0,
+        _positive,
+        "seconds",
+        "the lease of threads and solo pools and of client processes, whose work can hold the GIL",
     )
     detect_every: float = _setting(15.0, _positive, "seconds", "time between two sweeps of the crash detector")
     detect_queue: str | None = _setting(
         None, _optional_text, "queue name", "queue of the detector's beat entry; by default where it is routed"
     )
     claim_timeout: float = _setting(
-        30.0, _not_negative, "seconds", "a claim that cannot reach the database gives up after this; the row stays pending"
+        30.0,
+        _not_negative,
+        "seconds",
+        "a claim that cannot reach the database gives up after this; the row stays pending",
     )
     redispatch_after: float = _setting(
         30.0, _positive, "seconds", "a pending child whose queue is empty is published again after this"
@@ -136,15 +146,23 @@ class Settings:
     insert_chunk: int = _setting(1000, _count, "children", "children inserted in one block while streaming")
     max_crashes: int = _setting(3, _count, "deaths", "the death that ends a child under a policy that runs it again")
     retry_backoff: float = _setting(
-        1.0, _not_negative, "seconds", "pause before a crashed child runs again, doubling with each crash, at most 5 minutes"
+        1.0,
+        _not_negative,
+        "seconds",
+        "pause before a crashed child runs again, doubling with each crash, at most 5 minutes",
     )
     shards: int = _setting(16, _count, "rows", "tally rows of a batch; more lets more children settle at once")
     wait_poll: float = _setting(0.5, _positive, "seconds", "how often wait() and iter_progress() look")
     retention: Mapping[str, float] = _setting(
-        _DEFAULT_RETENTION, _retention, "seconds by outcome", "how long ended batches are kept; keys completed and other"
+        _DEFAULT_RETENTION,
+        _retention,
+        "seconds by outcome",
+        "how long ended batches are kept; keys completed and other",
     )
     blackbox_dir: str | None = _setting(
-        None, _optional_text, "folder",
+        None,
+        _optional_text,
+        "folder",
         "black boxes and spooled outcomes; by default the first writable of /dev/shm, XDG_RUNTIME_DIR, the temp folder",
     )
 

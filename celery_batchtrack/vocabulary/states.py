@@ -138,9 +138,7 @@ CRASH_UNCLAIMED = Transition("crash_unclaimed", (Status.PENDING,), Status.CRASHE
 REFUSE = Transition("refuse", (Status.PENDING,), Status.FAILED)
 WITHDRAW = Transition("withdraw", (Status.PENDING,), Status.CANCELLED)  # revoked or expired before its start
 CANCEL = Transition("cancel", OPEN, Status.CANCELLED)
-OVERTURN_COMPLETE = Transition(
-    "overturn_complete", (Status.CRASHED, Status.PENDING), Status.COMPLETED
-)
+OVERTURN_COMPLETE = Transition("overturn_complete", (Status.CRASHED, Status.PENDING), Status.COMPLETED)
 OVERTURN_FAIL = Transition("overturn_fail", (Status.CRASHED, Status.PENDING), Status.FAILED)
 
 TRANSITIONS = (

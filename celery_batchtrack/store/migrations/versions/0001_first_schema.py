@@ -2,7 +2,7 @@
 
 Revision: 0001, after: none
 """
-# ruff: noqa: E501, Q000
+# ruff: noqa: E501
 
 import uuid
 
