@@ -11,6 +11,7 @@
     ├── BatchStateError          the batch's life does not allow this now
     ├── BatchTimeout             `wait(timeout=…)` ran out (also a TimeoutError)
     ├── BatchFailed              `get()` of a batch that did not reach its callback
+    ├── ClusterError             a LocalCluster cannot start (also a RuntimeError)
     ├── DatabaseUnavailable      the tracking database cannot be reached or written
     └── SchemaError
         ├── SchemaMissing        the tables are not there: run `batchtrack migrate`
@@ -56,6 +57,10 @@ class BatchTimeout(BatchTrackError, TimeoutError):
 
 class BatchFailed(BatchTrackError):
     """The batch ended without a result of its callback."""
+
+
+class ClusterError(BatchTrackError, RuntimeError):
+    """A LocalCluster cannot start; the message ends with the last output of the process that failed."""
 
 
 class DatabaseUnavailable(BatchTrackError):

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, TextIO
 
+from celery_batchtrack.errors import ClusterError
 from celery_batchtrack.glue import broker_alias, cluster_child
 
 logger = logging.getLogger("celery_batchtrack.cluster")
@@ -34,10 +35,6 @@ TAIL_LINES = 60
 NOISE = ("", "worker: Warm shutdown (MainProcess)")
 
 _cluster_numbers = itertools.count(1)
-
-
-class ClusterError(RuntimeError):
-    """A LocalCluster cannot start; the message ends with the last output of the process that failed."""
 
 
 # -- what the parent tells its processes

@@ -63,8 +63,6 @@ def validated(options: Mapping[str, Any], default_name: str) -> ValidOptions:
     name = options.get("name") or default_name
     if not isinstance(name, str) or len(name) > 255 or not _storable(name):
         raise errors.InvalidOption(f"a batch's name is text of at most 255 characters, not {name!r:.300}")
-    # What neither database can store: NUL and lone surrogates.
-    name = name.replace("\0", "\\0").encode(errors="backslashreplace").decode()[:255]
     stored = {
         "tolerance": Tolerance.parse(options.get("tolerance", 0)).as_option(),
         "callback_arg": options.get("callback_arg", "results"),

@@ -20,7 +20,7 @@ from celery import Celery
 from kombu import Connection, Queue
 from kombu.exceptions import ChannelError
 
-from celery_batchtrack.glue import broker
+from celery_batchtrack.glue import broker_folder
 from celery_batchtrack.glue.broker_alias import register
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,7 +252,7 @@ def test_messages_of_a_living_consumer_stay_with_it(site: Site) -> None:
         queue.put({"n": 0})
         with script(CONSUMER, site.folder, 1, "hold", cwd=site.path) as consumer:
             wait_for_line(consumer, "holding")
-            folder = broker.broker_folder(site.folder)
+            folder = broker_folder.broker_folder(site.folder)
             for _ in range(3):
                 folder.sweep()
             assert queue.qsize() == 0
@@ -328,8 +328,8 @@ def test_a_file_that_is_no_message_is_set_aside(site: Site, content: bytes, capl
 
 def test_five_thousand_queued_messages_are_listed_a_few_times_only(site: Site, monkeypatch: Any) -> None:
     listings = []
-    real = broker._messages
-    monkeypatch.setattr(broker, "_messages", lambda folder: listings.append(folder) or real(folder))
+    real = broker_folder._messages
+    monkeypatch.setattr(broker_folder, "_messages", lambda folder: listings.append(folder) or real(folder))
     with site.connection() as connection:
         queue = connection.SimpleQueue("work")
         for n in range(5000):
@@ -340,7 +340,7 @@ def test_five_thousand_queued_messages_are_listed_a_few_times_only(site: Site, m
             assert message.payload["n"] == n
             message.ack()
         seconds = time.monotonic() - start
-    assert len(listings) <= 3 + seconds / broker.RELIST_INTERVAL
+    assert len(listings) <= 3 + seconds / broker_folder.RELIST_INTERVAL
 
 
 # -- queues, folders
@@ -393,7 +393,7 @@ def test_folders_are_private_and_an_unusable_one_is_a_clear_error(site: Site) ->
     assert {path.stat().st_mode & 0o777 for path in [site.folder, *site.folder.iterdir()]} == {0o700}
     (site.path / "file").write_text("")
     with (
-        pytest.raises(broker.BrokerFolderError, match=r"cannot use its folder .*file/below.*broker_url"),
+        pytest.raises(broker_folder.BrokerFolderError, match=r"cannot use its folder .*file/below.*broker_url"),
         Connection(f"batchtrack+filesystem://{site.path}/file/below") as connection,
     ):
         connection.SimpleQueue("work").put({})

@@ -21,7 +21,8 @@ import pytest
 from celery import Celery
 
 from celery_batchtrack.glue import cluster as cluster_module
-from celery_batchtrack.glue.cluster import ClusterError, LocalCluster, locate, runtime_settings
+from celery_batchtrack.errors import ClusterError
+from celery_batchtrack.glue.cluster import LocalCluster, locate, runtime_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "LOCAL_CLUSTER_TEST"
