@@ -41,8 +41,11 @@ else:
         home = _HOMES.get(name)
         if home is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module = importlib.import_module(f"{__name__}.{home}")
-        value = module if home == name else getattr(module, name)
+        try:
+            module = importlib.import_module(f"{__name__}.{home}")
+            value = module if home == name else getattr(module, name)
+        except AttributeError as error:  # else `from … import` would say only that there is no such name
+            raise ImportError(f"cannot import {name!r} from {__name__}.{home}: {error}") from error
         globals()[name] = value
         return value
 

@@ -29,15 +29,6 @@ def look(tracker: Tracker, batch_id: uuid.UUID) -> Finished | None:
     return finished
 
 
-def seal(tracker: Tracker, batch_id: uuid.UUID) -> bool:
-    """No more children: dispatch starts. A batch without children ends at once."""
-    if not tracker.store.seal(batch_id):
-        return False
-    failpoints.reach("seal.committed")
-    started(tracker, batch_id)
-    return True
-
-
 def started(tracker: Tracker, batch_id: uuid.UUID) -> None:
     """What follows the seal's commit."""
     if look(tracker, batch_id) is None:
@@ -49,7 +40,7 @@ def cancel(
 ) -> Finished | None:
     """End the batch now: pending children never start; running ones lose their rows and, with
     `terminate`, their processes (prefork). None if it had ended already."""
-    finished = tracker.store.cancel(batch_id, reason)
+    finished = tracker.store.cancel(batch_id, reason, terminate=terminate)
     if finished is None:
         return None
     _announce(tracker, finished)

@@ -50,12 +50,6 @@ def gone(pid: int, pid_started: int | None) -> bool | None:
         if state in "ZX":
             return True
         return None if pid_started is None else start != pid_started
-    if not _PROC.is_dir() or not (_PROC / "self").exists():
-        return _gone_by_signal(pid)
-    return _gone_by_signal(pid)
-
-
-def _gone_by_signal(pid: int) -> bool | None:
     try:
         os.kill(pid, 0)
     except OSError as error:

@@ -125,7 +125,11 @@ class Runner:
     def settle(self, run: Run, ending: Ending) -> Settled:
         """Write the run's end, its count included, before the task is over."""
         run.page.phase(Phase.SETTLING)
-        settled = self._delivered(run, ending)
+        try:
+            settled = self._delivered(run, ending)
+        except Exception:
+            run.page.clear()  # a row that is still running now is a lost settle, for the reconciliation to find
+            raise
         failpoints.reach("settle.committed")
         run.page.clear()
         tracker, key = self.tracker, run.ticket.key
@@ -200,12 +204,12 @@ def deliver_spool(
 
 
 def _best_effort(tracker: Tracker, run: Run, follow: Callable[[], object]) -> None:
-    """What follows a commit is also done by every sweep: a database or broker that is away here
-    must not turn a settled child into a failed task."""
+    """What follows a commit is also done by every sweep: trouble here must not turn a settled child into a
+    failed task."""
     try:
         follow()
-    except errors.DatabaseUnavailable as error:
-        tracker.emit(events.DatabaseAway(run.ticket.key, "finish check", str(error)))
+    except Exception as error:  # noqa: BLE001
+        tracker.emit(events.FollowUpFailed(run.ticket.key, f"{type(error).__name__}: {error}"))
 
 
 def _delays(limit: float | None) -> Iterator[float]:

@@ -20,6 +20,7 @@ from celery_batchtrack.vocabulary.states import BatchStatus, EndReason, Kind, St
 
 from . import codec, signatures
 from .extension import BatchTrack
+from .narrate import logger
 from .options import ValidOptions, validated
 
 
@@ -71,7 +72,8 @@ class Batch:
         self._buffer: list[NewChild] = []
         self._headers: dict[str, Any] = {}
         self._client: Any = None
-        self._root_id: str | None = None
+        #: Task ids of the children, where they were all given at once; empty on a handle from `get`.
+        self.task_ids: list[str] = []
 
     # -- handles ---------------------------------------------------------------------------------
 
@@ -80,7 +82,7 @@ class Batch:
         batch = cls.__new__(cls)
         batch._extension, batch.id, batch._options = extension, batch_id, None
         batch._opened, batch._buffer, batch._client, batch._headers = False, [], None, {}
-        batch._root_id = None
+        batch.task_ids = []
         return batch
 
     @classmethod
@@ -109,7 +111,6 @@ class Batch:
         opener = self._client.__enter__()
         try:
             new = new_batch(extension, options, self.id, self._headers, opened_by=opener)
-            self._root_id = new.root_id
             extension.store.create(new)
         except BaseException:
             self._client.__exit__(None, None, None)
@@ -160,20 +161,19 @@ class Batch:
         tracker = self._extension.tracker
         try:
             self._flush()
-            sealed = finish.seal(tracker, self.id)
+            sealed = tracker.store.seal(self.id)
         except BaseException:
             finish.cancel(tracker, self.id, EndReason.EXCEPTION)
             raise
         if not sealed:
             raise errors.BatchStateError(f"batch {self.id} could not start: it was {self.status} meanwhile")
+        _send(self._extension, self.id)
 
     def _cancel_after(self, kind: type[BaseException]) -> None:
         try:
             finish.cancel(self._extension.tracker, self.id, EndReason.EXCEPTION)
         except errors.DatabaseUnavailable:
             # The user's own exception matters more. Our pulse ends with the block: a sweep cancels the batch.
-            from .narrate import logger
-
             logger.exception("action=cancel_waits batch %s after %s", self.id, kind.__name__)
 
     # -- reading ---------------------------------------------------------------------------------
@@ -328,5 +328,15 @@ def start(
     ]
     new = new_batch(extension, options, uuid7(), headers, errbacks=errbacks, body_id=body_id)
     extension.store.create(new, children, seal=True)
-    finish.started(extension.tracker, new.id)
-    return Batch._handle(extension, new.id)
+    _send(extension, new.id)
+    batch = Batch._handle(extension, new.id)
+    batch.task_ids = [child.task_id for child in children]
+    return batch
+
+
+def _send(extension: BatchTrack, batch_id: uuid.UUID) -> None:
+    """Send a sealed batch's children. The rows are there: what cannot be sent now, a sweep sends."""
+    try:
+        finish.started(extension.tracker, batch_id)
+    except errors.DatabaseUnavailable as error:
+        logger.warning("action=start_waits batch %s: %s (a sweep sends its children)", batch_id, error)

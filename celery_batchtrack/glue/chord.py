@@ -19,6 +19,7 @@ from celery_batchtrack.vocabulary.states import BatchStatus, Kind, Status
 from . import codec, signatures
 from .batch import Batch, start
 from .extension import BatchTrack
+from .narrate import logger
 from .options import ValidOptions, validated
 
 #: Options of `apply_async` that belong to the body, not to the header's tasks.
@@ -144,6 +145,10 @@ class chord(Signature):  # type: ignore[misc]
         extension = BatchTrack.of(self._app or getattr(body, "_app", None))
         header = [_partial(each, args, kwargs, extension.app) for each in _members(self.header)]
         if not extension.enabled:
+            if self.batch_options:
+                logger.warning(
+                    "action=untracked_chord batchtrack_enabled is off: batch=%s has no effect", self.batch_options
+                )
             return celery_chord(header, app=extension.app)(maybe_signature(body, app=extension.app), **options)
         return self._start(extension, header, body, options)
 
@@ -163,7 +168,8 @@ class chord(Signature):  # type: ignore[misc]
             extension, self._valid(given), header, overrides=overrides,
             errbacks=maybe_list(body.options.get("link_error")) or [], body_id=body_id,
         )  # fmt: skip
-        parent = app.GroupResult(str(batch.id), [])
+        children = [app.AsyncResult(task_id) for task_id in batch.task_ids]
+        parent = app.GroupResult(str(batch.id), children)
         return ChordResult(body_id, batch, app=app, parent=parent)
 
     def _unsupported(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -215,8 +215,15 @@ class BatchTrack:
             logger.warning("action=no_blackbox no writable folder: crashes are known by row, not by black box")
         boxes = Boxes(base, identity.id)
         boxes.create()
+        self._check_schema()
         self._worker, self._worker_pid = (identity, boxes), os.getpid()
         self._pulse, self.attendant = Pulse(tracker, identity), Attendant(tracker, identity, boxes)
+
+    def _check_schema(self) -> None:
+        """Once before the fork, so that not every pool process has to."""
+        with contextlib.suppress(errors.BatchTrackError):  # `attend` says what is wrong
+            self.store.store_id  # noqa: B018
+        self.store.dispose()
 
     def attend(self) -> None:
         """Register the worker and start its threads; a database that is away does not keep it from starting."""

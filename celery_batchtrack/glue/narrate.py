@@ -73,6 +73,10 @@ _LINES: dict[type, Callable[[Any], tuple[int, str, tuple[Any, ...]]]] = {
         logging.INFO, "action=claim_refused %s attempt %d: %s; the message is dropped", (e.key, e.attempt, e.reason),
     ),
     events.DatabaseAway: _away,
+    events.FollowUpFailed: lambda e: (
+        logging.ERROR, "action=follow_up_failed %s is settled, but what follows failed: %s (a sweep does it)",
+        (e.key, e.error),
+    ),
     events.SpoolDelivered: lambda e: (
         logging.INFO, "action=spool_delivered %s: an outcome kept on disk was %s",
         (e.key, "written" if e.written else "already settled otherwise"),

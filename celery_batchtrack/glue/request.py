@@ -16,7 +16,7 @@ from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery_batchtrack.behaviour import hosts
 from celery_batchtrack.behaviour.detector import Death
 from celery_batchtrack.vocabulary.ids import HEADER, Ticket
-from celery_batchtrack.vocabulary.states import Cause
+from celery_batchtrack.vocabulary.states import Cause, Status
 
 from . import declare
 
@@ -72,6 +72,15 @@ def _lost(request: Any, error: Any) -> None:
     elif isinstance(error, (SystemExit, KeyboardInterrupt)) and not request._already_cancelled:
         code = getattr(error, "code", None)
         _died(request, Cause.EXIT, exit_code=code if isinstance(code, int) else None, message=repr(error))
+    elif not isinstance(error, (SystemExit, KeyboardInterrupt)):
+        _unread(request, error)
+
+
+def _unread(request: Any, error: Any) -> None:
+    """The pool process lives, but its tracer failed outside the task: the message could not be decoded there."""
+    ticket, attendant = request.batchtrack_ticket, getattr(request.app.batchtrack, "attendant", None)
+    if ticket is not None and attendant is not None:
+        attendant.unstarted(ticket, Status.FAILED, Cause.CONTENT_REFUSED, f"{type(error).__name__}: {error}")
 
 
 def _worker_lost(request: Any, text: str) -> None:

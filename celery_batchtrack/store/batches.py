@@ -178,8 +178,12 @@ class BatchWrites(Connected):
         inserted = callbacks.insert(connection, due, kinds)
         return Finished(row.id, row.name, status, reason, inserted)
 
-    def cancel(self, batch_id: uuid.UUID, reason: EndReason = EndReason.USER) -> Finished | None:
+    def cancel(
+        self, batch_id: uuid.UUID, reason: EndReason = EndReason.USER, *, terminate: bool = True
+    ) -> Finished | None:
         """End the batch now. Pending children never start; what runs loses its row.
+
+        `terminate` is remembered: without it no worker ends the processes of the running ones.
 
         Returns None if it had ended already. The running children's processes are named in the answer.
         """
@@ -187,6 +191,9 @@ class BatchWrites(Connected):
             row = self._locked(connection, batch_id, BatchStatus.OPEN, BatchStatus.RUNNING)
             if row is None:
                 return None
+            if not terminate:
+                options = {**row.options, "terminate": False}
+                connection.execute(sa.update(batch).where(batch.c.id == batch_id).values(options=options))
             ended = self._end(
                 connection, CANCEL_BATCH, row, BatchStatus.CANCELLED, _DUE_KINDS[BatchStatus.CANCELLED], reason
             )

@@ -21,7 +21,6 @@ from celery_batchtrack.vocabulary.states import (
     OVERTURNS,
     REFUSE,
     RELEASE,
-    SETTLED,
     STRIKE,
     WITHDRAW,
     BatchStatus,
@@ -183,7 +182,7 @@ class ChildWrites(Connected):
         rows = connection.execute(
             change(
                 OVERTURNS[ending.status], at(row.key), child.c.run_token == token,
-                result=ending.result, cause=ending.cause, verdict=None,
+                verdict=None, **_end_values(ending),
             ).returning(*MOVED)
         ).all()  # fmt: skip
         move(connection, row.batch_id, rows, source, ending.status)
@@ -307,7 +306,7 @@ class ChildWrites(Connected):
         for key, token in keys:
             with self.read() as connection:
                 found = connection.execute(
-                    sa.select(*CHILD_COLUMNS, batch.c.status.label("batch_status"))
+                    sa.select(*CHILD_COLUMNS, batch.c.options)
                     .join(batch, batch.c.id == child.c.batch_id)
                     .where(at(key))
                 ).one_or_none()
@@ -330,16 +329,22 @@ def _zombie(found: Any, token: uuid.UUID) -> str | None:
     batch_lives = row.kind != Kind.CHILD or found.batch_status in BATCH_ALIVE
     if row.status == Status.RUNNING or (row.verdict == Verdict.LEASE and batch_lives):
         return None  # alive, or taken for dead by its lease alone: that may still be overturned
-    if row.status in SETTLED:
-        return f"its row is {row.status} ({row.cause or found.batch_status})"
+    if row.status == Status.CANCELLED and found.options.get("terminate") is False:
+        return None  # cancelled with terminate=False: it may run on, in vain
+    if row.status in (Status.CANCELLED, Status.CRASHED):
+        return f"its row is {row.status} ({row.cause})"
     return None
 
 
 def _end(key: ChildKey, token: uuid.UUID, ending: Ending) -> sa.Update:
+    return change(ENDINGS[ending.status], at(key), child.c.run_token == token, **_end_values(ending))
+
+
+def _end_values(ending: Ending) -> dict[str, Any]:
     values: dict[str, Any] = {"result": ending.result, "cause": ending.cause}
     if ending.status is Status.COMPLETED and not ending.keep_signature:
-        values["signature"] = None
-    return change(ENDINGS[ending.status], at(key), child.c.run_token == token, **values)
+        values["signature"] = None  # arguments are customers' data: gone when no longer needed
+    return values
 
 
 def _batch_lets_claim() -> sa.ColumnElement[bool]:

@@ -41,6 +41,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_parent, after_in_child=_after_fork_child)
 
 
+#: libpq would wait for minutes for a host that does not answer, and for hours for one that went away.
+_PATIENCE = {
+    "connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3,
+    "tcp_user_timeout": 30_000, "application_name": "celery-batchtrack",
+}  # fmt: skip
+
+
 def normalised(url: str) -> sa.URL:
     """The URL with psycopg 3 where PostgreSQL is named without a driver."""
     try:
@@ -63,9 +70,13 @@ def normalised(url: str) -> sa.URL:
 def create_engine(url: sa.URL, options: Mapping[str, Any]) -> sa.Engine:
     if url.get_backend_name() == "sqlite":
         return _sqlite_engine(url, options)
-    defaults: dict[str, Any] = {"pool_size": 2, "max_overflow": 8, "pool_recycle": 1800}
+    defaults: dict[str, Any] = {
+        "pool_size": 2, "max_overflow": 8, "pool_recycle": 1800, "isolation_level": "READ COMMITTED",
+        "connect_args": {**_PATIENCE, **options.get("connect_args", {})},
+    }  # fmt: skip
+    others = {name: value for name, value in options.items() if name != "connect_args"}
     try:
-        return sa.create_engine(url, **{**defaults, **options})
+        return sa.create_engine(url, **{**defaults, **others})
     except ModuleNotFoundError as error:
         raise errors.ImproperlyConfigured(
             f"PostgreSQL needs a driver ({error.name} is missing): pip install 'celery-batchtrack[postgresql]'"

@@ -1,180 +1,54 @@
-"""``celery -A app batchtrack …``. Every `celery` command imports this module: what is heavy is imported late.
-
-Exit codes: 0; 1 a check found violations, or the batch does not allow it; 2 wrong usage; 66 no such batch;
-69 the tracking database cannot be reached or written; 78 wrong configuration, or tables of another version.
-"""
+"""``celery -A app batchtrack …``. Every `celery` command imports this module: what is heavy is imported late."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
-from celery.bin.base import CeleryCommand, handle_preload_options
-from celery.exceptions import CeleryCommandException
-from celery.exceptions import ImproperlyConfigured as CeleryImproperlyConfigured
-from click_didyoumean import DYMGroup
+from celery.bin.base import handle_preload_options
+from click_didyoumean import DYMGroup  # type: ignore[import-untyped, unused-ignore]
 
-from .. import errors
-from ..vocabulary.states import BatchStatus, Status
-from . import jsonio, pages, views
-from .render import Screen, clean
+from celery_batchtrack import errors
+from celery_batchtrack.surfaces import jsonio, pages, views
+from celery_batchtrack.surfaces.console import (
+    Command,
+    acting,
+    duration,
+    extension_of,
+    put,
+    put_json,
+    put_lines,
+    say,
+    screen_of,
+    storable,
+    store_of,
+    until_stopped,
+)
+from celery_batchtrack.vocabulary.states import BatchStatus, Status
 
 if TYPE_CHECKING:
-    from ..behaviour.detector import Sweep
-    from ..glue.extension import BatchTrack
-    from ..store import Store
+    from celery_batchtrack.behaviour.detector import Sweep
+    from celery_batchtrack.glue.extension import BatchTrack
 
-EX_NOT_FOUND, EX_UNAVAILABLE, EX_CONFIG = 66, 69, 78
-_EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
-    (errors.BatchNotFound, EX_NOT_FOUND),
-    (errors.DatabaseUnavailable, EX_UNAVAILABLE),
-    (errors.ImproperlyConfigured, EX_CONFIG),
-    (errors.SchemaError, EX_CONFIG),
-    (CeleryImproperlyConfigured, EX_CONFIG),
-    (errors.InvalidOption, 2),
-)
-_CENTURY = 100 * 366 * 86_400.0
-
-
-# -- plumbing -------------------------------------------------------------------------------------
-
-
-class Command(CeleryCommand):
-    """Says what went wrong in one line on standard error, with an exit code that scripts can tell apart."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with _logs_on_stderr():
-            try:
-                return super().invoke(ctx)
-            except (errors.BatchTrackError, CeleryImproperlyConfigured) as error:
-                code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
-                raise CeleryCommandException(clean(error), code) from error
-
-
-class _OneSafeLine(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        lines = super().format(record).splitlines()
-        return "\n".join(clean(line) for line in lines)
-
-
-@contextlib.contextmanager
-def _logs_on_stderr() -> Iterator[None]:
-    """Warnings of ours, unless the application has set up logging itself."""
-    logger = logging.getLogger("celery_batchtrack")
-    if logger.hasHandlers():
-        yield
-        return
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneSafeLine("%(levelname)s: %(message)s"))
-    handler.setLevel(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
-
-class Duration(click.ParamType):
-    """Seconds, or text such as ``90s``, ``24h``, ``7d``."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from ..vocabulary.settings import seconds
-
-        try:
-            found = seconds(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if not 0 <= found <= _CENTURY:
-            self.fail(f"{value!r} must be between 0 and a hundred years", param, ctx)
-        return found
-
-
-class Text(click.ParamType):
-    """Text that every database takes, whatever bytes the shell passed."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value).encode(errors="replace").decode()
-
-
-def extension_of(ctx: click.Context) -> BatchTrack:
-    """The BatchTrack of the app that ``-A`` names."""
-    from ..glue.extension import BatchTrack
-
-    try:
-        return BatchTrack.of(ctx.obj.app)
-    except errors.ImproperlyConfigured as error:
-        if ctx.find_root().params.get("app"):
-            raise
-        raise errors.ImproperlyConfigured(f"{error} (name your app: celery -A <app> batchtrack …)") from None
-
-
-def store_of(ctx: click.Context) -> Store:
-    return extension_of(ctx).store
-
-
-def acting(ctx: click.Context) -> BatchTrack:
-    """The extension, with all tasks loaded as in a worker: what follows may publish callbacks."""
-    extension = extension_of(ctx)
-    extension.app.loader.import_default_modules()
-    extension.app.finalize()
-    return extension
-
-
-def put(text: str) -> None:
-    """To standard output, at once. (click.echo would write UTF-8 even where the encoding is another.)"""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def put_json(objects: Iterable[Any]) -> None:
-    for piece in jsonio.array(objects):
-        sys.stdout.write(piece)
-    sys.stdout.flush()
-
-
-def put_lines(lines: Iterable[str], otherwise: str | None = None) -> None:
-    """Lines, or one that says that there are none."""
-    empty = True
-    for line in lines:
-        sys.stdout.write(line + "\n")
-        empty = False
-    if empty and otherwise:
-        sys.stdout.write(otherwise + "\n")
-    sys.stdout.flush()
-
-
-def screen_of(ctx: click.Context) -> Screen:
-    return Screen.of(sys.stdout, no_color=bool(ctx.obj.no_color))
-
-
-def say(ctx: click.Context, text: str) -> None:
-    put(screen_of(ctx).printable(clean(text)) + "\n")
-
-
+DURATION: Any = {"metavar": "DURATION", "callback": duration}
 as_json = click.option("-j", "--json", "as_json", is_flag=True, help="Print JSON: ISO-8601 times in UTC, full ids.")
 
 
-@click.group(cls=DYMGroup, short_help="Batches: progress, crashes, workers, and the crash detector.")
-@click.pass_context
-@handle_preload_options
-def batchtrack(ctx: click.Context, **_: Any) -> None:
+def _group(ctx: click.Context, **_: Any) -> None:
     """Look at tracked batches, and look after them.
 
     ID is a batch's id, or its beginning. With --json, standard output is one JSON array (`show`: one object).
 
     Exit codes: 1 a check found violations, 2 wrong usage, 66 no such batch, 69 the tracking database cannot be
-    reached or written, 78 wrong configuration or tables of another version.
+    reached or written, 78 wrong configuration, or tables of another version.
     """
+
+
+batchtrack: click.Group = click.group(
+    "batchtrack", cls=DYMGroup, short_help="Batches: progress, crashes, workers, and the crash detector."
+)(click.pass_context(handle_preload_options(_group)))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
@@ -191,7 +65,7 @@ def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
 
 @command("list")
 @click.option("--status", "statuses", multiple=True, type=click.Choice([str(each) for each in BatchStatus]))
-@click.option("--name", type=Text(), help="Only batches of exactly this name.")
+@click.option("--name", callback=storable, help="Only batches of exactly this name.")
 @click.option("-n", "--limit", type=click.IntRange(1, 1_000_000), default=50, show_default=True)
 @as_json
 def list_(ctx: click.Context, statuses: tuple[str, ...], name: str | None, limit: int, as_json: bool) -> None:
@@ -235,13 +109,14 @@ def children(ctx: click.Context, id: str, statuses: tuple[str, ...], callbacks: 
 
 @command("crashes")
 @click.option("--batch", "id", metavar="ID", help="Only of this batch.")
-@click.option("--since", type=Duration(), help="Only those noticed in the last 24h, 7d, …")
+@click.option("--since", **DURATION, help="Only those noticed in the last 24h, 7d, …")
 @click.option("-n", "--limit", type=click.IntRange(1, 1_000_000), help="Only the newest so many.")
 @as_json
 def crashes(ctx: click.Context, id: str | None, since: float | None, limit: int | None, as_json: bool) -> None:
-    """Deaths of children, oldest first: also those after which the child ran again.
+    """Deaths of children, oldest first.
 
-    Verdicts that were overturned (a silent worker came back, and its child had not died) are left out.
+    Also those after which the child ran again. Verdicts that were overturned (a silent worker came back, and its
+    child had not died) are left out.
     """
     store = store_of(ctx)
     batch_id = None if id is None else store.resolve(id)
@@ -259,9 +134,10 @@ def crashes(ctx: click.Context, id: str | None, since: float | None, limit: int 
 @click.option("--all", "everyone", is_flag=True, help="Also those that stopped or were lost.")
 @as_json
 def workers(ctx: click.Context, everyone: bool, as_json: bool) -> None:
-    """Workers, and processes that hold a batch open: newest first.
+    """Workers, newest first.
 
-    State: alive; suspected (silent for longer than its lease); lost (found dead); stopped (ended in order).
+    Clients are processes that fill a batch, or run one inline. State: alive; suspected (silent for longer than its
+    lease); lost (found dead); stopped (ended in order).
     """
     store = store_of(ctx)
     now = store.current_time()
@@ -273,10 +149,13 @@ def workers(ctx: click.Context, everyone: bool, as_json: bool) -> None:
 
 
 @command("verify")
-@click.option("--grace", type=Duration(), help="Time that detection may take; by default from leases and sweeps.")
+@click.option("--grace", **DURATION, help="Time that detection may take; by default from leases and sweeps.")
 @as_json
 def verify(ctx: click.Context, grace: float | None, as_json: bool) -> None:
-    """Prove the promises on the data itself: exit code 1 if any check finds violations."""
+    """Prove the promises on the data itself.
+
+    Exit code 1 if any check finds violations.
+    """
     extension = extension_of(ctx)
     grace = views.grace(extension.settings) if grace is None else grace
     found = [views.violation(each) for each in extension.store.verify(grace)]
@@ -294,7 +173,10 @@ def verify(ctx: click.Context, grace: float | None, as_json: bool) -> None:
 @command("migrate")
 @as_json
 def migrate(ctx: click.Context, as_json: bool) -> None:
-    """Bring the tracking database to this version's schema. Safe to run twice, and by two at once."""
+    """Bring the database to this version's schema.
+
+    Safe to run twice, and by two at once.
+    """
     store = store_of(ctx)
     before = store.schema_state().name.lower()
     store.migrate()
@@ -306,10 +188,10 @@ def migrate(ctx: click.Context, as_json: bool) -> None:
 
 
 @command("detect")
-@click.option("--every", type=Duration(), help="Go on, with a sweep every so many seconds, until SIGTERM or Ctrl-C.")
+@click.option("--every", **DURATION, help="Go on, with a sweep every so many seconds, until SIGTERM or Ctrl-C.")
 @as_json
 def detect(ctx: click.Context, every: float | None, as_json: bool) -> None:
-    """One sweep of the crash detector; says what it did.
+    """One sweep of the crash detector.
 
     A worker that is merely silent is taken for lost only by a sweep that follows another one closely: at most
     twice `batchtrack_detect_every`. With --every and --json, each sweep prints one object on a line.
@@ -328,10 +210,12 @@ def detect(ctx: click.Context, every: float | None, as_json: bool) -> None:
 def _sweep_until_stopped(ctx: click.Context, extension: BatchTrack, every: float, as_json: bool) -> None:
     if not 0 < every <= 2 * extension.settings.detect_every:
         raise click.UsageError(
-            f"--every must be more than 0 and at most twice batchtrack_detect_every ({extension.settings.detect_every:g} "
-            "s): a sweep that comes later cannot tell a worker that is silent from a database that was away", ctx
-        )  # fmt: skip
-    with _until_stopped() as stop:
+            f"--every must be more than 0 and at most twice batchtrack_detect_every "
+            f"({extension.settings.detect_every:g} s): a sweep that comes later cannot tell a silent worker "
+            "from a database that was away",
+            ctx,
+        )
+    with until_stopped() as stop:
         while not stop.is_set():
             try:
                 _tell(ctx, extension.sweep(), as_json)
@@ -348,24 +232,13 @@ def _tell(ctx: click.Context, sweep: Sweep, as_json: bool) -> None:
         say(ctx, pages.sweep_line(done))
 
 
-@contextlib.contextmanager
-def _until_stopped() -> Iterator[threading.Event]:
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @command("prune")
-@click.option("--older-than", type=Duration(), help="Whatever their outcome; by default as `batchtrack_retention` says.")
+@click.option("--older-than", **DURATION, help="Whatever their outcome; default: batchtrack_retention.")
 @as_json
 def prune(ctx: click.Context, older_than: float | None, as_json: bool) -> None:
-    """Delete batches that ended long ago, with their children and incidents.
+    """Delete batches that ended long ago.
 
-    Batches whose callbacks are not done stay.
+    Their children and incidents go with them; batches whose callbacks are not done stay.
     """
     extension = extension_of(ctx)
     retention = dict(extension.settings.retention)
@@ -384,8 +257,11 @@ def prune(ctx: click.Context, older_than: float | None, as_json: bool) -> None:
 @click.option("--terminate/--no-terminate", default=True, show_default=True, help="Also end what runs.")
 @as_json
 def cancel(ctx: click.Context, id: str, terminate: bool, as_json: bool) -> None:
-    """End a batch now: pending children never start. One that has ended already stays as it is."""
-    from ..behaviour import finish
+    """End a batch now.
+
+    Pending children never start. A batch that has ended already stays as it is.
+    """
+    from celery_batchtrack.behaviour import finish
 
     extension = acting(ctx)
     batch_id = extension.store.resolve(id)

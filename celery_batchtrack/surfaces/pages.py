@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from .render import Column, Screen, Table, bar, clean, duration, number, rate
+from celery_batchtrack.surfaces.render import NOTHING, Column, Screen, Table, bar, clean, duration, number, rate
 
 Object = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ def _seconds(since: datetime | None, until: datetime | None) -> float | None:
 
 
 def moment(value: datetime | None) -> str:
-    return "–" if value is None else f"{value:%Y-%m-%d %H:%M:%S}Z"
+    return NOTHING if value is None else f"{value:%Y-%m-%d %H:%M:%S}Z"
 
 
 def some(items: Sequence[str], count: int = 3) -> str:
@@ -83,8 +83,8 @@ def _batch_line(short: str, each: Object, now: datetime) -> Sequence[object]:
     percent = each["progress_percent"]
     return (
         short, each["name"], each["status"], f"{bar(percent)} {percent:3d}%", f"{number(done)}/{number(each['total'])}",
-        each["failed"], each["crashed"], rate(each["rate"]) if running else "–",
-        duration(each["eta"]) if running else "–", duration(_seconds(each["created_at"], now)),
+        each["failed"], each["crashed"], rate(each["rate"]) if running else NOTHING,
+        duration(each["eta"]) if running else NOTHING, duration(_seconds(each["created_at"], now)),
     )  # fmt: skip
 
 
@@ -156,7 +156,8 @@ def _incident_lines(each: Object) -> Iterator[tuple[str, str]]:
         yield one["outcome"], _incident(one)
     left = each["failed"] + each["crashed"] - min(len(named), _NAMED)
     if left > 0:
-        yield "", f"{'':9}  … and {number(left)} more: batchtrack children {each['id']} --status failed --status crashed"
+        how = f"batchtrack children {each['id']} --status failed --status crashed"
+        yield "", f"{'':9}  … and {number(left)} more: {how}"
 
 
 def _incident(one: Object) -> str:

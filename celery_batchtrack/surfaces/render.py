@@ -11,20 +11,22 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import IO
 
+#: Shown where there is no value.
+NOTHING = "\u2013"
 _ESCAPE = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x9b[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
     r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f]).*?(?:\x07|\x1b\\|\x9c|$)"  # OSC, DCS, …: titles, links, clipboard
     r"|\x1b[ -/]*[0-~]",
     re.DOTALL,
 )
-_ASCII = str.maketrans({"█": "#", "░": ".", "…": "~", "–": "-", "→": ">", "·": "-"})
+_ASCII = str.maketrans({"█": "#", "░": ".", "…": "~", NOTHING: "-", "→": ">", "·": "-"})
 _NARROWEST = 8
 _GAP = "  "
 
 
 def clean(text: object) -> str:
     """One line without escape sequences, control and invisible characters (bidirectional overrides too)."""
-    plain = re.sub(r"\s+", " ", _ESCAPE.sub("", str(text)))
+    plain = re.sub(r"[^\S ]+", " ", _ESCAPE.sub("", str(text)))
     return "".join(char for char in plain if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
 
 
@@ -80,7 +82,7 @@ class Screen:
     @property
     def unicode(self) -> bool:
         try:
-            "█░…–→·".encode(self.encoding)
+            f"█░…→·{NOTHING}".encode(self.encoding)
         except (UnicodeError, LookupError):
             return False
         return True
@@ -162,7 +164,7 @@ def bar(percent: int, cells: int = 14) -> str:
 def duration(seconds: float | None) -> str:
     """A few characters: ``0.4s``, ``53s``, ``3m``, ``2h``, ``5d``."""
     if seconds is None:
-        return "–"
+        return NOTHING
     seconds = max(0.0, seconds)
     if seconds < 9.95:
         return f"{seconds:.1f}s"
@@ -174,7 +176,7 @@ def duration(seconds: float | None) -> str:
 
 def rate(per_second: float | None) -> str:
     if per_second is None:
-        return "–"
+        return NOTHING
     if per_second < 0.1:
         return f"{per_second * 60:.1f}/min"
     return f"{per_second:.0f}/s" if per_second >= 10 else f"{per_second:.1f}/s"

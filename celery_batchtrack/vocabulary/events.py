@@ -93,6 +93,14 @@ class DatabaseAway:
 
 
 @dataclass(frozen=True, slots=True)
+class FollowUpFailed:
+    """What follows a settle (finish check, publishing) failed here; a sweep does it."""
+
+    key: ChildKey
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class SpoolDelivered:
     key: ChildKey
     written: bool
@@ -107,5 +115,5 @@ class ZombieTerminated:
 
 Event = (
     ChildSettled | ChildCrashed | VerdictOverturned | LateWrite | BatchEnded | Redispatched | PublishFailed
-    | WorkerLost | ClaimRefused | DatabaseAway | SpoolDelivered | ZombieTerminated
+    | WorkerLost | ClaimRefused | DatabaseAway | FollowUpFailed | SpoolDelivered | ZombieTerminated
 )  # fmt: skip
