@@ -103,6 +103,14 @@ class Reconciler:
         pages = {slot: blackbox.read(path) for slot, path in self.boxes.pages()}
         self._convict_orphans(rows, pages)
         self._terminate_zombies(rows, pages)
+        self._drop_pages_of_the_dead(rows, pages)
+
+    def _drop_pages_of_the_dead(self, rows: list[ChildRow], pages: dict[str, PageState | None]) -> None:
+        """Of processes that were killed while idle: nothing asks for their pages any more."""
+        in_use = {row.slot for row in rows}
+        for slot in pages:
+            if slot not in in_use and _slot_gone(slot) is True:
+                self.boxes.drop(slot)
 
     def _convict_orphans(self, rows: list[ChildRow], pages: dict[str, PageState | None]) -> None:
         seen: set[tuple[ChildKey, uuid.UUID]] = set()

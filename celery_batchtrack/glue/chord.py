@@ -152,7 +152,9 @@ class chord(Signature):  # type: ignore[misc]
             return celery_chord(header, app=extension.app)(maybe_signature(body, app=extension.app), **options)
         return self._start(extension, header, body, options)
 
-    delay = apply_async
+    def delay(self, *args: Any, **kwargs: Any) -> Any:
+        """`apply_async` with these arguments added to each header task's own."""
+        return self.apply_async(args, kwargs)
 
     def _start(self, extension: BatchTrack, header: list[Any], body: Any, options: dict[str, Any]) -> ChordResult:
         app = extension.app

@@ -52,9 +52,19 @@ class TrackedRequest:
     def on_failure(self: Any, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         if not return_ok:
             _lost(self, exc_info.exception)
+            if self.batchtrack_ticket is not None and not self._already_cancelled:
+                # The row's policy decides whether it runs again. Redelivered by the broker, a message that kills
+                # its process before the claim could refuse it would kill for ever.
+                self.acknowledge()
         super().on_failure(  # type: ignore[misc]
             exc_info, send_failed_event=send_failed_event, return_ok=return_ok
         )
+
+    def _retry_worker_lost(self: Any, exc: BaseException, exc_info: Any) -> bool:
+        """Celery's `retry_on_worker_lost` is part of the row's policy."""
+        if self.batchtrack_ticket is not None:
+            return False
+        return bool(super()._retry_worker_lost(exc, exc_info))  # type: ignore[misc]
 
 
 def _lost(request: Any, error: Any) -> None:

@@ -306,7 +306,7 @@ class ChildWrites(Connected):
         for key, token in keys:
             with self.read() as connection:
                 found = connection.execute(
-                    sa.select(*CHILD_COLUMNS, batch.c.options)
+                    sa.select(*CHILD_COLUMNS, batch.c.status.label("batch_status"), batch.c.options)
                     .join(batch, batch.c.id == child.c.batch_id)
                     .where(at(key))
                 ).one_or_none()

@@ -189,7 +189,13 @@ tally = sa.Table(
     ),
     sa.PrimaryKeyConstraint("batch_id", "shard"),
     sa.ForeignKeyConstraint(["batch_id"], ["batchtrack_batch.id"], ondelete="CASCADE"),
-    postgresql_with={"fillfactor": "50"},  # room for in-page updates: a tally row is rewritten all the time
+)
+
+# A tally row is rewritten all the time: room for updates within its page.
+sa.event.listen(
+    tally,
+    "after_create",
+    sa.DDL("ALTER TABLE batchtrack_tally SET (fillfactor = 50)").execute_if(dialect="postgresql"),
 )
 
 incident = sa.Table(

@@ -191,7 +191,12 @@ def _declared(kind: Kind) -> sa.ColumnElement[bool]:
 def ended_batch_has_its_callbacks(grace: float) -> sa.Select[Any]:
     """An ended batch has the rows of every callback kind that it declared for its outcome."""
     good = [BatchStatus.COMPLETED.value, BatchStatus.PARTIAL.value]
+    unhappy = sa.exists().where(
+        tally.c.batch_id == batch.c.id, tally.c.failed + tally.c.crashed > 0,
+        batch.c.status.in_([BatchStatus.PARTIAL.value, BatchStatus.FAILED.value]),
+    )  # fmt: skip
     due = {
+        Kind.ON_FIRST_FAILURE: unhappy,
         Kind.ON_SUCCESS: batch.c.status.in_(good),
         Kind.ON_FAILURE: batch.c.status == BatchStatus.FAILED.value,
         Kind.ON_FINISH: batch.c.status.in_(_ENDED),

@@ -149,9 +149,10 @@ def upgrade() -> None:
     sa.Column('items_crashed', sa.BigInteger(), server_default='0', nullable=False),
     sa.Column('items_cancelled', sa.BigInteger(), server_default='0', nullable=False),
     sa.ForeignKeyConstraint(['batch_id'], ['batchtrack_batch.id'], name=op.f('fk_batchtrack_tally_batch_id'), ondelete='CASCADE'),
-    sa.PrimaryKeyConstraint('batch_id', 'shard', name=op.f('pk_batchtrack_tally')),
-    postgresql_with={'fillfactor': '50'}
+    sa.PrimaryKeyConstraint('batch_id', 'shard', name=op.f('pk_batchtrack_tally'))
     )
+    if op.get_bind().dialect.name == "postgresql":
+        op.execute("ALTER TABLE batchtrack_tally SET (fillfactor = 50)")
     op.create_table('batchtrack_incident',
     sa.Column('id', Identifier(), nullable=False),
     sa.Column('batch_id', Identifier(), nullable=False),

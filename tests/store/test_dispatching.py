@@ -1,0 +1,126 @@
+"""Which rows are published, once or again, on every database."""
+
+from __future__ import annotations
+
+import pytest
+
+from celery_batchtrack.store.clock import later
+from celery_batchtrack.vocabulary.ids import ChildKey
+from celery_batchtrack.vocabulary.records import Release
+from tests.store.kit import Scene, dispatch_all, some
+
+
+def test_a_row_is_taken_once_and_stamped(scene: Scene) -> None:
+    batch_id = scene.batch(3)
+    taken = scene.store.take_undispatched(batch_id, 2)
+    assert [each.child.position for each in taken] == [0, 1]
+    assert all(each.child.dispatched_at is not None and each.child.dispatches == 1 for each in taken)
+    assert all(each.batch.id == batch_id for each in taken)
+    assert dispatch_all(scene, batch_id) == [2]
+    assert dispatch_all(scene, batch_id) == []
+
+
+def test_rows_of_any_batch_are_taken_where_none_is_named(scene: Scene) -> None:
+    first, second = scene.batch(1), scene.batch(1)
+    assert [each.child.batch_id for each in scene.store.take_undispatched(None, 10)] == [first, second]
+
+
+def test_nothing_is_dispatched_before_the_seal_unless_it_starts_at_once(scene: Scene) -> None:
+    waiting, eager = scene.batch(1, seal=False), scene.batch(1, seal=False, start_now=True)
+    assert dispatch_all(scene, waiting) == []
+    assert dispatch_all(scene, eager) == [0]
+    scene.store.seal(waiting)
+    assert dispatch_all(scene, waiting) == [0]
+
+
+@pytest.mark.parametrize("state", ["paused", "cancelled"])
+def test_nothing_is_dispatched_of_a_batch_that_is_paused_or_over(scene: Scene, state: str) -> None:
+    batch_id = scene.batch(1)
+    if state == "paused":
+        scene.set_batch(batch_id, paused_at=later(0.0))
+    else:
+        scene.store.cancel(batch_id)
+    assert dispatch_all(scene) == []
+
+
+def test_callbacks_are_dispatched_after_the_end_and_only_of_the_present_round(scene: Scene) -> None:
+    batch_id = scene.batch(0, calls=("on_success", "on_finish"))
+    scene.store.finish(batch_id)
+    scene.set_batch(batch_id, round=2)
+    assert dispatch_all(scene) == []
+    scene.set_batch(batch_id, round=1)
+    assert dispatch_all(scene) == [0, 1]
+
+
+def test_a_row_that_waits_on_a_nested_batch_is_never_dispatched(scene: Scene) -> None:
+    batch_id = scene.batch(1)
+    scene.set_child(ChildKey(batch_id, 0), waits_on_batch=batch_id)
+    assert dispatch_all(scene) == []
+
+
+def test_running_and_settled_rows_are_not_dispatched(scene: Scene) -> None:
+    batch_id = scene.batch(2)
+    scene.complete(scene.run(batch_id, 0))
+    scene.run(batch_id, 1)
+    assert dispatch_all(scene) == []
+
+
+def test_what_could_not_be_published_is_given_back(scene: Scene) -> None:
+    batch_id = scene.batch(2)
+    taken = scene.store.take_undispatched(batch_id, 10)
+    scene.store.give_back([each.child for each in taken])
+    assert dispatch_all(scene) == [0, 1]
+
+
+def test_giving_back_does_not_touch_a_row_that_was_claimed_meanwhile(scene: Scene) -> None:
+    batch_id = scene.batch(2)
+    taken = scene.store.take_undispatched(batch_id, 10)
+    scene.run(batch_id, 0)
+    claimed = scene.run(batch_id, 1)
+    scene.store.release(claimed.key, claimed.token, Release(countdown=60.0, sent=True))
+    scene.store.give_back([each.child for each in taken])
+    assert dispatch_all(scene) == [], "the first runs; the second's next message is on its way"
+
+
+def test_old_publishes_are_overdue_oldest_first(scene: Scene) -> None:
+    batch_id = scene.batch(some(3, queue="slow"))
+    scene.store.take_undispatched(batch_id, 10)
+    scene.set_child(ChildKey(batch_id, 1), dispatched_at=later(-40.0))
+    scene.set_child(ChildKey(batch_id, 2), dispatched_at=later(-90.0))
+    found = scene.store.overdue(30)
+    assert [(queue, task, dispatches, key.position) for queue, task, _, dispatches, key in found] == [
+        ("slow", "demo.task", 1, 2), ("slow", "demo.task", 1, 1),
+    ]  # fmt: skip
+    assert [waited for _, _, waited, _, _ in found] == pytest.approx([90, 40], abs=5)
+
+
+def test_a_row_whose_time_has_not_come_is_not_overdue(scene: Scene) -> None:
+    batch_id = scene.batch(some(2, countdown=3600.0))
+    scene.store.take_undispatched(batch_id, 10)
+    for position in (0, 1):
+        scene.set_child(ChildKey(batch_id, position), dispatched_at=later(-4000.0))
+    scene.set_child(ChildKey(batch_id, 1), not_before=later(-60.0))
+    assert [key.position for *_, key in scene.store.overdue(30)] == [1]
+    assert scene.store.overdue(600) == [], "it counts from the moment it could run"
+
+
+def test_rows_are_taken_again_only_if_nobody_did_meanwhile(scene: Scene) -> None:
+    batch_id = scene.batch(2)
+    scene.store.take_undispatched(batch_id, 10)
+    for position in (0, 1):
+        scene.set_child(ChildKey(batch_id, position), dispatched_at=later(-40.0))
+    keys = [ChildKey(batch_id, position) for position in (0, 1)]
+    again = scene.store.take_again(keys, 30)
+    assert [(each.child.position, each.child.dispatches, each.child.attempt) for each in again] == [
+        (0, 2, 0), (1, 2, 0),
+    ]  # fmt: skip
+    assert scene.store.take_again(keys, 30) == []
+
+
+def test_only_pending_rows_expire(scene: Scene) -> None:
+    batch_id = scene.batch(some(3, expires_in=60.0))
+    scene.run(batch_id, 0)
+    scene.complete(scene.run(batch_id, 1))
+    for position in range(3):
+        scene.set_child(ChildKey(batch_id, position), expires_at=later(-1.0))
+    assert [row.position for row in scene.store.expired()] == [2]
