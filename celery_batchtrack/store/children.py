@@ -14,7 +14,6 @@ from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
 from celery_batchtrack.vocabulary.records import ChildRow, Claimed, Ending, Evidence, Refused, Release, Settled
 from celery_batchtrack.vocabulary.states import (
     BATCH_ALIVE,
-    CLAIM,
     CRASH,
     CRASH_UNCLAIMED,
     ENDINGS,
@@ -31,12 +30,12 @@ from celery_batchtrack.vocabulary.states import (
     Verdict,
 )
 
-from . import callbacks
+from . import callbacks, hot
 from .clock import later, now
 from .engine import Connected
 from .rows import CHILD_COLUMNS, child_row
-from .schema import batch, child, incident, worker
-from .transitions import MOVED, change, move, settle_and_count
+from .schema import batch, child, incident
+from .transitions import MOVED, change, move
 
 
 def at(key: ChildKey) -> sa.ColumnElement[bool]:
@@ -63,24 +62,13 @@ class ChildWrites(Connected):
 
         One statement. Raises `SlotTaken` where the slot still holds another running row.
         """
-        statement = (
-            change(
-                CLAIM,
-                at(key),
-                child.c.attempt == attempt,
-                sa.or_(child.c.expires_at.is_(None), child.c.expires_at > now()),
-                _batch_lets_claim(),
-                _worker_lives(worker_id),
-            )
-            .values(
-                attempt=child.c.attempt + 1, run_token=token, worker_id=worker_id, slot=slot,
-                started_at=now(), policy=policy, verdict=None,
-            )
-            .returning(child.c.attempt, child.c.kind)
-        )  # fmt: skip
+        values = {
+            "the_batch": key.batch_id, "the_position": key.position, "the_attempt": attempt, "the_token": token,
+            "the_worker": worker_id, "the_slot": slot, "the_policy": policy,
+        }  # fmt: skip
         try:
             with self.single() as connection:
-                row = connection.execute(statement).one_or_none()
+                row = connection.execute(hot.claim(), values).one_or_none()
         except exc.IntegrityError as error:
             raise SlotTaken(slot) from error
         if row is not None:
@@ -92,7 +80,7 @@ class ChildWrites(Connected):
             sa.select(
                 *CHILD_COLUMNS,
                 batch.c.status.label("batch_status"), batch.c.paused_at, batch.c.round.label("now_round"),
-                (child.c.expires_at <= now()).label("expired"), _worker_lives(worker_id).label("known"),
+                (child.c.expires_at <= now()).label("expired"), hot.worker_lives(worker_id).label("known"),
             )
             .join(batch, batch.c.id == child.c.batch_id)
             .where(at(key))
@@ -124,16 +112,18 @@ class ChildWrites(Connected):
 
     def settle(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled:
         """Write a run's end and its count. Repeatable: the same token may ask twice."""
-        if ending.evidence is None and ending.status is not Status.FAILED and not self.sqlite:
+        if ending.status is Status.COMPLETED and not self.sqlite:
             answer = self._settle_at_once(key, token, ending)
         else:
             answer = self._settle_in_steps(key, token, ending)
         return answer or self._settle_late(key, token, ending)
 
     def _settle_at_once(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled | None:
-        statement = settle_and_count(_end(key, token, ending), ending.status)
+        values = {
+            "the_batch": key.batch_id, "the_position": key.position, "the_token": token, "the_result": ending.result
+        }  # fmt: skip
         with self.single() as connection:
-            row = connection.execute(statement).one_or_none()
+            row = connection.execute(hot.complete(ending.keep_signature), values).one_or_none()
         return None if row is None else Settled(True, look=row.open == 0)
 
     def _settle_in_steps(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled | None:
@@ -345,20 +335,6 @@ def _end_values(ending: Ending) -> dict[str, Any]:
     if ending.status is Status.COMPLETED and not ending.keep_signature:
         values["signature"] = None  # arguments are customers' data: gone when no longer needed
     return values
-
-
-def _batch_lets_claim() -> sa.ColumnElement[bool]:
-    alive = sa.and_(
-        child.c.kind == Kind.CHILD.value,
-        batch.c.status.in_([each.value for each in BATCH_ALIVE]),
-        batch.c.paused_at.is_(None),
-    )
-    called = sa.and_(child.c.kind != Kind.CHILD.value, child.c.round == batch.c.round)
-    return sa.exists().where(batch.c.id == child.c.batch_id, sa.or_(alive, called))
-
-
-def _worker_lives(worker_id: uuid.UUID) -> sa.ColumnElement[bool]:
-    return sa.exists().where(worker.c.id == worker_id, worker.c.stopped_at.is_(None))
 
 
 def record(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -76,11 +77,26 @@ def create_engine(url: sa.URL, options: Mapping[str, Any]) -> sa.Engine:
     }  # fmt: skip
     others = {name: value for name, value in options.items() if name != "connect_args"}
     try:
-        return sa.create_engine(url, **{**defaults, **others})
+        engine = sa.create_engine(url, **{**defaults, **others})
     except ModuleNotFoundError as error:
         raise errors.ImproperlyConfigured(
             f"PostgreSQL needs a driver ({error.name} is missing): pip install 'celery-batchtrack[postgresql]'"
         ) from None
+    event.listen(engine, "checkout", _refuse_closed)
+    return engine
+
+
+def _refuse_closed(connection: Any, record: Any, proxy: Any) -> None:
+    """A server says nothing to an idle connection but that it is over (a restart, a fail-over, a time-out). Told by
+    the socket, so that it costs no round trip; the pool then makes a new connection."""
+    try:
+        poll = select.poll()
+        poll.register(connection.fileno(), select.POLLIN)
+        closed = bool(poll.poll(0))
+    except Exception:  # noqa: BLE001 (a driver without a socket to ask, or one that knows it is closed)
+        closed = bool(getattr(connection, "closed", False))
+    if closed:
+        raise exc.DisconnectionError("closed by the server while it was idle")
 
 
 def _sqlite_engine(url: sa.URL, options: Mapping[str, Any]) -> sa.Engine:
