@@ -12,6 +12,9 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from celery import current_app
+from celery._state import _get_active_apps
+
 from celery_batchtrack import errors
 from celery_batchtrack.behaviour import blackbox
 from celery_batchtrack.behaviour.blackbox import Boxes
@@ -36,6 +39,14 @@ DETECT_ENTRY = "batchtrack-detect-crashes"
 PRUNE_ENTRY = "batchtrack-prune"
 
 Capture = Callable[[], Mapping[str, Any] | None]
+
+
+def _current_app() -> Any:
+    """Celery's current app; in a thread, where Celery may know none, the one app that has a BatchTrack."""
+    if getattr(current_app, "batchtrack", None) is not None:
+        return current_app
+    tracked = [app for app in _get_active_apps() if getattr(app, "batchtrack", None) is not None]
+    return tracked[0] if len(tracked) == 1 else current_app
 
 
 class BatchTrack:
@@ -71,9 +82,7 @@ class BatchTrack:
     def of(cls, app: Any = None) -> BatchTrack:
         """The extension of an app (default: the current app). Raises ImproperlyConfigured without one."""
         if app is None:
-            from celery import current_app
-
-            app = current_app
+            app = _current_app()
         app = getattr(app, "_get_current_object", lambda: app)()
         extension = getattr(app, "batchtrack", None)
         if not isinstance(extension, cls):

@@ -191,12 +191,13 @@ tally = sa.Table(
     sa.ForeignKeyConstraint(["batch_id"], ["batchtrack_batch.id"], ondelete="CASCADE"),
 )
 
-# A tally row is rewritten all the time: room for updates within its page.
-sa.event.listen(
-    tally,
-    "after_create",
-    sa.DDL("ALTER TABLE batchtrack_tally SET (fillfactor = 50)").execute_if(dialect="postgresql"),
-)
+
+@sa.event.listens_for(tally, "after_create")
+def _leave_room(table: sa.Table, connection: sa.Connection, **_: Any) -> None:
+    """A tally row is rewritten all the time: room for updates within its page."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.text("ALTER TABLE batchtrack_tally SET (fillfactor = 50)"))
+
 
 incident = sa.Table(
     "batchtrack_incident",

@@ -12,7 +12,7 @@ from celery_batchtrack.store.clock import later
 from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
 from celery_batchtrack.vocabulary.records import Ending
 from celery_batchtrack.vocabulary.states import Cause, EndReason, Status, Verdict
-from tests.store.kit import Scene, add_up, counts, dispatch_all, refused, some
+from tests.store.kit import Scene, add_up, counts, some
 
 ALL = ("on_success", "on_failure", "on_first_failure", "on_finish")
 

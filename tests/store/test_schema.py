@@ -104,7 +104,7 @@ def _options(connection: sa.Connection) -> dict[str, str]:
     if connection.dialect.name != "postgresql":
         return {}
     query = "SELECT relname, reloptions::text FROM pg_class WHERE relname LIKE 'batchtrack%' AND relkind = 'r'"
-    found = {name: options for name, options in connection.execute(sa.text(query))}
+    found = {each.relname: each.reloptions for each in connection.execute(sa.text(query))}
     found.pop(migrate.VERSION_TABLE, None)
     assert "fillfactor=50" in found["batchtrack_tally"]
     return found
