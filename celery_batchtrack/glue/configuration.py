@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from celery_batchtrack import errors
-from celery_batchtrack.vocabulary.settings import PREFIX, Settings, suggestion
+from celery_batchtrack.vocabulary.settings import PREFIX, Settings
 
 logger = logging.getLogger("celery_batchtrack")
 
@@ -19,7 +20,7 @@ EMBEDDED_DATABASE = "sqlite:///batchtrack.db"
 _NO_SETTINGS = frozenset({"batchtrack_owners"})
 
 
-def load(app: Any) -> Settings:
+def load(app: Any, *, warn: bool = True) -> Settings:
     """Validated settings of an app. Raises ImproperlyConfigured with what to write instead."""
     conf = app.conf
     namespace = getattr(conf, "prefix", "") or ""
@@ -27,7 +28,7 @@ def load(app: Any) -> Settings:
     _refuse_unknown(keys, namespace)
     values: dict[str, Any] = {}
     for name in Settings.names():
-        found = _look_up(conf, keys, namespace, name)
+        found = _look_up(conf, keys, namespace, name, warn=warn)
         if found is not None:
             values[name] = found
     values.update(_from_environment(os.environ))
@@ -71,10 +72,13 @@ def _refuse_unknown(keys: Iterable[str], namespace: str) -> None:
         for extra in ("celery_",):  # CELERY_BATCHTRACK_… where no namespace was declared
             plain = plain.removeprefix(extra) if plain.startswith(extra + PREFIX) else plain
         if plain.startswith(PREFIX) and plain not in known and plain not in _NO_SETTINGS:
-            raise errors.ImproperlyConfigured(f"{key} is not a setting{suggestion(plain, known)}")
+            as_written = [_spelling(namespace, name) for name in Settings.names()]
+            close = difflib.get_close_matches(plain, known, n=1)
+            hint = f": did you mean {as_written[known.index(close[0])]!r}?" if close else ""
+            raise errors.ImproperlyConfigured(f"{key} is not a setting{hint}")
 
 
-def _look_up(conf: Any, keys: list[str], namespace: str, name: str) -> Any:
+def _look_up(conf: Any, keys: list[str], namespace: str, name: str, *, warn: bool) -> Any:
     """A setting under any spelling that counts; warns about one that does not."""
     found = conf.get(PREFIX + name)
     if found is not None:
@@ -86,7 +90,7 @@ def _look_up(conf: Any, keys: list[str], namespace: str, name: str) -> Any:
         return conf.get(upper)
     counts = _spelling(namespace, name)
     for spelling in (upper, "CELERY_" + upper):
-        if spelling in keys and spelling != counts:
+        if warn and spelling in keys and spelling != counts:
             logger.warning("%s is ignored: write it as %s", spelling, counts)
     return None
 

@@ -138,7 +138,7 @@ class BatchTrack:
     def _raw(self, name: str, default: Any) -> Any:
         """A setting, while the configuration may still be loading; wrong values are reported at first use."""
         try:
-            return getattr(configuration.load(self.app), name)
+            return getattr(configuration.load(self.app, warn=False), name)
         except errors.ImproperlyConfigured:
             return default
 

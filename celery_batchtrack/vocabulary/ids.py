@@ -91,5 +91,5 @@ class Ticket:
                 errback=(str(errback[0]), str(errback[1])) if errback else None,
                 keep_result=header.get("results") != "none",
             )
-        except (KeyError, ValueError, TypeError, AttributeError):
+        except (LookupError, ValueError, TypeError, AttributeError, OverflowError):
             return None
