@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from . import errors, signals
     from .glue.batch import Batch
     from .glue.chord import chord
-    from .glue.cluster import LocalCluster
     from .glue.current import current_batch, current_child
     from .glue.declare import tracked
+    from .glue.embedded.cluster import LocalCluster
     from .glue.extension import BatchTrack
     from .glue.options import BatchOptions
     from .vocabulary.policies import Tolerance
@@ -27,7 +27,7 @@ else:
         "Batch": "glue.batch",
         "BatchOptions": "glue.options",
         "BatchTrack": "glue.extension",
-        "LocalCluster": "glue.cluster",
+        "LocalCluster": "glue.embedded.cluster",
         "Tolerance": "vocabulary.policies",
         "chord": "glue.chord",
         "current_batch": "glue.current",

@@ -25,8 +25,9 @@ from celery_batchtrack.behaviour.tracker import Tracker
 from celery_batchtrack.store import Store
 from celery_batchtrack.vocabulary.settings import Settings
 
-from . import broker_alias, codec, configuration, narrate, worker
+from . import codec, configuration, narrate, worker
 from .attendant import Attendant, Pulse
+from .embedded import alias
 from .publish import AppPublisher
 from .request import TrackedRequest
 from .tracked_task import track
@@ -64,7 +65,7 @@ class BatchTrack:
     def __init__(self, app: Any, *, capture: Iterable[Capture] = ()) -> None:
         if getattr(app, "batchtrack", None) is not None:
             raise errors.ImproperlyConfigured(f"BatchTrack({app.main or app}) was called twice")
-        broker_alias.register()
+        alias.register()
         self.app = app
         self.capture: tuple[Capture, ...] = tuple(capture)
         self.attendant: Attendant | None = None

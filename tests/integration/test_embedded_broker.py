@@ -20,8 +20,8 @@ from celery import Celery
 from kombu import Connection, Queue
 from kombu.exceptions import ChannelError
 
-from celery_batchtrack.glue import broker_folder
-from celery_batchtrack.glue.broker_alias import register
+from celery_batchtrack.glue.embedded import folder as broker_folder
+from celery_batchtrack.glue.embedded.alias import register
 
 ROOT = Path(__file__).resolve().parents[2]
 register()
@@ -30,7 +30,7 @@ APP = """
 import os, time
 from pathlib import Path
 from celery import Celery, bootsteps, signals
-from celery_batchtrack.glue.broker_alias import register
+from celery_batchtrack.glue.embedded.alias import register
 
 register()
 HERE = Path(__file__).parent
@@ -82,7 +82,7 @@ def die():
 
 CONSUMER = """
 import os, sys, time
-from celery_batchtrack.glue.broker_alias import register
+from celery_batchtrack.glue.embedded.alias import register
 from kombu import Connection
 
 register()
@@ -106,7 +106,7 @@ with Connection(f"batchtrack+filesystem://{folder}") as connection:
 
 PRODUCER = """
 import sys
-from celery_batchtrack.glue.broker_alias import register
+from celery_batchtrack.glue.embedded.alias import register
 from kombu import Connection
 
 register()

@@ -20,9 +20,9 @@ import psutil
 import pytest
 from celery import Celery
 
-from celery_batchtrack.glue import cluster as cluster_module
 from celery_batchtrack.errors import ClusterError
-from celery_batchtrack.glue.cluster import LocalCluster, locate, runtime_settings
+from celery_batchtrack.glue.embedded import cluster as cluster_module
+from celery_batchtrack.glue.embedded.cluster import LocalCluster, locate, runtime_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "LOCAL_CLUSTER_TEST"
@@ -64,7 +64,7 @@ def start_process(name):
 
 MAIN = """
 import sys
-from celery_batchtrack.glue.cluster import LocalCluster
+from celery_batchtrack.glue.embedded.cluster import LocalCluster
 
 if __name__ == "__main__":
     with LocalCluster(app, processes=2, detector=False, stop_timeout=1):

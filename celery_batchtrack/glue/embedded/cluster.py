@@ -21,7 +21,7 @@ from types import ModuleType, TracebackType
 from typing import Any, TextIO
 
 from celery_batchtrack.errors import ClusterError
-from celery_batchtrack.glue import broker_alias, cluster_child
+from celery_batchtrack.glue.embedded import alias, cluster_child
 
 logger = logging.getLogger("celery_batchtrack.cluster")
 
@@ -427,7 +427,7 @@ class LocalCluster:
             )
         if self._keepers:
             raise ClusterError("This LocalCluster is running already.")
-        broker_alias.register()
+        alias.register()
         if self._logfile:
             Path(self._logfile).open("a").close()  # an unwritable one is an error here, not in a thread
         orders = self._orders()

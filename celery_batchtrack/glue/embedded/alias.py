@@ -13,4 +13,4 @@ def register() -> None:
 
     The transport itself is imported by kombu when the first connection needs it.
     """
-    kombu.transport.TRANSPORT_ALIASES[SCHEME] = "celery_batchtrack.glue.broker:Transport"
+    kombu.transport.TRANSPORT_ALIASES[SCHEME] = "celery_batchtrack.glue.embedded.transport:Transport"

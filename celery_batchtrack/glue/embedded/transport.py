@@ -1,6 +1,6 @@
 """The embedded broker: a kombu transport on a folder, ``batchtrack+filesystem://``.
 
-Delivery is at least once, and survives a killed consumer; see `broker_folder` for how.
+Delivery is at least once, and survives a killed consumer; see `folder` for how.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str, str_to_bytes
 from kombu.utils.json import dumps, loads
 
-from celery_batchtrack.glue.broker_folder import Binding, BrokerFolder, broker_folder, redeliveries
+from celery_batchtrack.glue.embedded.folder import Binding, BrokerFolder, broker_folder, redeliveries
 
 logger = logging.getLogger("celery_batchtrack.broker")
 

@@ -115,9 +115,9 @@ def _take_over_environment(orders: Orders) -> None:
 
 def load_app(orders: Orders) -> Any:
     """The parent's application, with the parent's settings and all modules that define tasks."""
-    from celery_batchtrack.glue import broker_alias
+    from celery_batchtrack.glue.embedded import alias
 
-    broker_alias.register()
+    alias.register()
     if orders["main_path"]:
         _load_main(orders["main_path"], orders["main_name"])
     module = importlib.import_module(orders["module"])
