@@ -15,7 +15,7 @@ from celery_batchtrack.vocabulary.ids import ChildKey, Ticket
 from celery_batchtrack.vocabulary.records import ChildRow, Evidence, Outgoing
 from celery_batchtrack.vocabulary.states import Cause, Kind, Status
 
-from . import failpoints, report
+from . import ending, failpoints, report
 from .tracker import Message, NotSent, Tracker, declared_callback
 
 #: No redispatch wait grows beyond this, in seconds.
@@ -35,8 +35,8 @@ def pump(tracker: Tracker, batch_id: uuid.UUID | None = None) -> int:
         failpoints.reach("dispatch.stamped")
         failures = _send(tracker, taken)
         sent += len(taken) - len(failures)
-        if len(taken) < chunk or any(not each.final for each in failures):
-            return sent
+        if any(not each.final for each in failures) or (len(taken) < chunk and not failures):
+            return sent  # what can never be sent was settled, and callbacks may be due for that
 
 
 #: A worker was just lost: messages that it had prefetched are gone, or held back by the broker for long.
@@ -64,6 +64,8 @@ def redispatch(tracker: Tracker, *, worker_lost: bool = False) -> int:
     failures = _send(tracker, taken)
     for batch_id, count in Counter(each.child.batch_id for each in taken).items():
         tracker.emit(events.Redispatched(batch_id, count))
+    if any(each.final for each in failures):
+        pump(tracker)
     return len(taken) - len(failures)
 
 
@@ -94,11 +96,10 @@ def _report_failure(tracker: Tracker, failure: NotSent) -> None:
     row = failure.message.row
     tracker.emit(events.PublishFailed(row.key, failure.error))
     if failure.final:
-        from . import finish
-
         evidence = Evidence(Cause.NOT_SENT, phase="before_claim", message=failure.error)
         settled = tracker.store.settle_unstarted(row.key, row.attempt, Status.FAILED, evidence)
-        finish.after(tracker, row.key, settled)
+        if settled.look:
+            ending.conclude(tracker, row.batch_id)
 
 
 def _message(tracker: Tracker, out: Outgoing) -> Message:

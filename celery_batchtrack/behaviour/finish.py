@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import uuid
 
-from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.records import Finished, Settled
 from celery_batchtrack.vocabulary.states import EndReason
 
-from . import dispatch, failpoints
+from . import dispatch, ending
 from .tracker import Tracker
 
 
@@ -22,10 +21,9 @@ def after(tracker: Tracker, key: ChildKey, settled: Settled) -> None:
 
 def look(tracker: Tracker, batch_id: uuid.UUID) -> Finished | None:
     """End the batch if nothing of it is open, and publish its callbacks."""
-    finished = tracker.store.finish(batch_id)
-    if finished is not None:
-        failpoints.reach("finish.committed")
-        _announce(tracker, finished)
+    finished = ending.conclude(tracker, batch_id)
+    if finished is not None and finished.callbacks:
+        dispatch.pump(tracker, batch_id)
     return finished
 
 
@@ -43,13 +41,9 @@ def cancel(
     finished = tracker.store.cancel(batch_id, reason, terminate=terminate)
     if finished is None:
         return None
-    _announce(tracker, finished)
+    ending.tell(tracker, finished)
+    if finished.callbacks:
+        dispatch.pump(tracker, batch_id)
     if terminate and finished.cancelled_runs:
         tracker.publisher.terminate([run.task_id for run in finished.cancelled_runs])
     return finished
-
-
-def _announce(tracker: Tracker, finished: Finished) -> None:
-    tracker.emit(events.BatchEnded(finished.batch_id, finished.name, finished.status, finished.reason))
-    if finished.callbacks:
-        dispatch.pump(tracker, finished.batch_id)
