@@ -50,7 +50,7 @@ class Outbox:
     def terminate(self, task_ids: Sequence[str]) -> None:
         self.terminated += task_ids
 
-    def keys(self) -> list[ChildKey]:
+    def published(self) -> list[ChildKey]:
         return [each.row.key for each in self.sent]
 
     def kinds(self, batch_id: uuid.UUID) -> list[str]:

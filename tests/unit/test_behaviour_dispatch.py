@@ -1,0 +1,239 @@
+"""Publishing: once, again when a message seems lost, and what callbacks are given."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from celery_batchtrack.behaviour import dispatch, finish, report
+from celery_batchtrack.store import Store
+from celery_batchtrack.store.clock import later
+from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.ids import ChildKey
+from celery_batchtrack.vocabulary.records import NewBatch
+from celery_batchtrack.vocabulary.states import EndReason
+from tests.store.behaviour_kit import Told, tracker_on
+from tests.store.kit import HERE, Scene, counts, some
+
+ALL = ("on_success", "on_failure", "on_first_failure", "on_finish")
+
+
+@pytest.fixture
+def scene(sqlite_url: str) -> Iterator[Scene]:
+    scene = Scene(Store(sqlite_url))
+    scene.worker(HERE, id=scene.worker_id)
+    yield scene
+    scene.store.dispose()
+
+
+@pytest.fixture
+def tracker(scene: Scene) -> Told:
+    return tracker_on(scene.store, dispatch_chunk=2)
+
+
+def test_everything_due_is_published_in_chunks_and_once(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch(5)
+    assert dispatch.pump(tracker, batch_id) == 5
+    assert [key.position for key in tracker.outbox.published()] == [0, 1, 2, 3, 4]
+    assert dispatch.pump(tracker, batch_id) == 0
+    message = tracker.outbox.sent[0]
+    assert message.ticket.store_id == scene.store.store_id
+    assert (message.ticket.key, message.ticket.attempt, message.ticket.kind) == (ChildKey(batch_id, 0), 0, "child")
+
+
+def test_a_broker_that_refuses_leaves_the_rows_due(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch(5)
+    tracker.outbox.refuse = {1: False}
+    assert dispatch.pump(tracker, batch_id) == 1
+    assert [event.key.position for event in tracker.of(events.PublishFailed)] == [1]
+    tracker.outbox.refuse = {}
+    assert dispatch.pump(tracker, batch_id) == 4
+    assert sorted(key.position for key in tracker.outbox.published()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("calls", [(), ("on_first_failure",)])
+def test_a_child_that_can_never_be_sent_fails_and_holds_nobody_up(
+    scene: Scene, tracker: Told, calls: tuple[str, ...]
+) -> None:
+    batch_id = scene.batch(5, tolerance=1, calls=calls)
+    tracker.outbox.refuse = {1: True}
+    dispatch.pump(tracker, batch_id)
+    row = scene.row(ChildKey(batch_id, 1))
+    assert (row.status, row.cause) == ("failed", "not_sent")
+    assert {key.position for key in tracker.outbox.published()} == {0, 2, 3, 4, *([5] if calls else [])}
+
+
+def test_a_publisher_that_breaks_gives_the_rows_back(
+    scene: Scene, tracker: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = scene.batch(2)
+
+    def broken(messages: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tracker.outbox, "publish", broken)
+        dispatch.pump(tracker, batch_id)
+    assert dispatch.pump(tracker, batch_id) == 2
+
+
+# -- again -----------------------------------------------------------------------------------------
+
+
+def _published(scene: Scene, tracker: Told, seconds_ago: float, *, dispatches: int = 1, **more: object) -> uuid.UUID:
+    batch_id = scene.batch(some(1, **more))  # type: ignore[arg-type]
+    dispatch.pump(tracker, batch_id)
+    tracker.outbox.sent.clear()
+    scene.set_child(ChildKey(batch_id, 0), dispatched_at=later(-seconds_ago), dispatches=dispatches)
+    return batch_id
+
+
+@pytest.mark.parametrize(
+    ("length", "dispatches", "waits"),
+    [
+        (0, 1, 30), (0, 2, 60), (0, 3, 120), (0, 20, 3600),
+        (5, 1, 600), (5, 2, 1200), (5, 3, 2400), (5, 4, 3600), (5, 500, 3600),
+        (None, 1, 600), (None, 2, 1200),
+    ],
+)  # fmt: skip
+def test_the_wait_doubles_with_every_publish_up_to_an_hour(
+    scene: Scene, tracker: Told, length: int | None, dispatches: int, waits: float
+) -> None:
+    tracker.outbox.default_length = length
+    _published(scene, tracker, waits - 5, dispatches=dispatches)
+    assert dispatch.redispatch(tracker) == 0
+    due = _published(scene, tracker, waits + 1, dispatches=dispatches)
+    assert dispatch.redispatch(tracker) == 1
+    assert tracker.outbox.published() == [ChildKey(due, 0)]
+
+
+def test_a_republished_row_keeps_its_attempt_and_is_told(scene: Scene, tracker: Told) -> None:
+    batch_id = _published(scene, tracker, 31)
+    assert dispatch.redispatch(tracker) == 1
+    (message,) = tracker.outbox.sent
+    assert (message.ticket.attempt, message.row.dispatches) == (0, 2)
+    assert [(event.batch_id, event.count) for event in tracker.of(events.Redispatched)] == [(batch_id, 1)]
+    assert dispatch.redispatch(tracker) == 0, "a flood is not harmless"
+
+
+def test_a_child_is_never_published_again_before_its_time(scene: Scene, tracker: Told) -> None:
+    _published(scene, tracker, 9999, countdown=3600.0)
+    assert dispatch.redispatch(tracker) == 0
+
+
+def test_every_queue_is_asked_once(scene: Scene, tracker: Told) -> None:
+    for queue in ("a", "a", "b", None, None):
+        _published(scene, tracker, 31, queue=queue)
+    tracker.outbox.lengths = {"a": 7}
+    assert dispatch.redispatch(tracker) == 3
+    assert sorted(tracker.outbox.asked, key=str) == [("a", "demo.task"), ("b", "demo.task"), (None, "demo.task")]
+
+
+def test_tasks_without_a_queue_of_their_own_are_asked_for_where_they_are_routed(scene: Scene, tracker: Told) -> None:
+    busy, idle = _published(scene, tracker, 31), _published(scene, tracker, 31)
+    scene.set_child(ChildKey(busy, 0), task="busy.task")
+    tracker.outbox.lengths = {"busy.task": 9}
+    assert dispatch.redispatch(tracker) == 1
+    assert tracker.outbox.published() == [ChildKey(idle, 0)]
+
+
+def test_after_the_loss_of_a_worker_an_empty_queue_alone_says_enough(scene: Scene, tracker: Told) -> None:
+    lost = _published(scene, tracker, 3)
+    waiting = _published(scene, tracker, 3, queue="full")
+    tracker.outbox.lengths = {"full": 5}
+    assert dispatch.redispatch(tracker) == 0
+    assert dispatch.redispatch(tracker, worker_lost=True) == 1
+    assert tracker.outbox.published() == [ChildKey(lost, 0)] and waiting
+
+
+# -- what callbacks are given ----------------------------------------------------------------------
+
+
+def _ended(scene: Scene, tracker: Told, **options: object) -> uuid.UUID:
+    batch_id = scene.batch(2, calls=ALL, options=options)
+    scene.complete(scene.run(batch_id, 0), '{"first": 1}')
+    scene.complete(scene.run(batch_id, 1), "2")
+    finish.look(tracker, batch_id)
+    return batch_id
+
+
+def test_success_gets_the_results_in_order_and_finish_the_report(scene: Scene, tracker: Told) -> None:
+    batch_id = _ended(scene, tracker)
+    prefixes = {each.row.kind: each.prefix for each in tracker.outbox.sent}
+    assert prefixes["on_success"] == ([{"first": 1}, 2],)
+    (given,) = prefixes["on_finish"]
+    assert (given["batch_id"], given["status"], given["completed"]) == (str(batch_id), "completed", 2)
+    json.dumps(given)
+
+
+@pytest.mark.parametrize(("wanted", "given"), [("nothing", ()), ("results", ([{"first": 1}, 2],))])
+def test_success_gets_what_was_asked_for(scene: Scene, tracker: Told, wanted: str, given: object) -> None:
+    _ended(scene, tracker, callback_arg=wanted)
+    (message,) = [each for each in tracker.outbox.sent if each.row.kind == "on_success"]
+    assert message.prefix == given
+
+
+def test_success_of_an_empty_batch_gets_an_empty_list(scene: Scene, tracker: Told) -> None:
+    finish.started(tracker, scene.batch(0, calls=("on_success",)))
+    assert [each.prefix for each in tracker.outbox.sent] == [([],)]
+
+
+def test_an_errback_gets_the_bodys_id_and_celerys_words(scene: Scene, tracker: Told) -> None:
+    declared = {"on_failure": [{"task": "errback", "task_id": "e", "signature": "{}", "errback": "body-id"}]}
+    batch_id = uuid.uuid4()
+    scene.store.create(NewBatch(batch_id, "chord", json.dumps(declared), {}), some(1), seal=True)
+    scene.fail(scene.run(batch_id))
+    finish.look(tracker, batch_id)
+    (message,) = tracker.outbox.sent
+    failed = scene.rows(batch_id)[0].task_id
+    assert message.prefix == ("body-id",)
+    assert message.ticket.errback == ("body-id", f"Dependency {failed} raised ValueError: no")
+
+
+def test_a_cancel_terminates_what_runs_unless_told_not_to(scene: Scene, tracker: Told) -> None:
+    for terminate in (True, False):
+        batch_id = scene.batch(2, calls=ALL)
+        task_id = scene.row(scene.run(batch_id).key).task_id
+        assert finish.cancel(tracker, batch_id, EndReason.USER, terminate=terminate) is not None
+        assert (task_id in tracker.outbox.terminated) is terminate
+        assert tracker.outbox.kinds(batch_id) == ["on_finish"]
+        assert counts(scene, batch_id) == {"cancelled": 2}
+        assert finish.cancel(tracker, batch_id) is None
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def test_the_report_names_who_did_not_complete_and_why(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch(some(3, items=2), tolerance=3)
+    scene.complete(scene.run(batch_id, 0))
+    scene.crash(scene.run(batch_id, 1))
+    scene.fail(scene.run(batch_id, 2))
+    finish.look(tracker, batch_id)
+    found = report.build(tracker, batch_id)
+    assert (found.status, found.crashed_items, found.failed_items) == (
+        "partial", ["doc-1-0", "doc-1-1"], ["doc-2-0", "doc-2-1"],
+    )  # fmt: skip
+    assert [(each.position, each.status, each.signal) for each in found.unhappy] == [
+        (1, "crashed", "SIGSEGV"), (2, "failed", None),
+    ]  # fmt: skip
+    assert "SIGSEGV" in str(found) and "2 crashed" in str(found)
+
+
+def test_the_report_of_many_names_a_hundred_and_counts_the_others(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch(103)
+    scene.store.cancel(batch_id)
+    found = report.build(tracker, batch_id)
+    assert (len(found.unhappy), found.omitted) == (100, 3)
+
+
+def test_a_late_write_does_not_hide_how_the_child_died(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch(1)
+    claimed = scene.run(batch_id)
+    scene.crash(claimed)
+    assert scene.complete(claimed).late
+    (unhappy,) = report.build(tracker, batch_id).unhappy
+    assert unhappy.signal == "SIGSEGV"
