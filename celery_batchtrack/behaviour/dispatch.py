@@ -51,15 +51,13 @@ def redispatch(tracker: Tracker, *, worker_lost: bool = False) -> int:
     says enough.
     """
     after = min(AFTER_A_LOSS, tracker.settings.redispatch_after) if worker_lost else tracker.settings.redispatch_after
-    lengths: dict[tuple[str | None, str], int | None] = {}
     keys: list[ChildKey] = []
-    for queue, task, waited, dispatches, key in tracker.store.overdue(after):
-        where = (queue, "" if queue else task)  # without a queue of its own, a task goes where it is routed
-        if where not in lengths:
-            lengths[where] = tracker.publisher.queue_length(queue, task)
-        empty = lengths[where] == 0
-        if (worker_lost and empty) or waited >= _patience(tracker, dispatches, empty=empty):
-            keys.append(key)
+    for where in tracker.store.overdue_queues(after):
+        empty = tracker.publisher.queue_length(*where) == 0
+        due_after = after if empty else tracker.settings.redispatch_wait
+        for waited, dispatches, key in tracker.store.overdue(where, due_after):
+            if (worker_lost and empty) or waited >= _patience(tracker, dispatches, empty=empty):
+                keys.append(key)
     taken = tracker.store.take_again(keys, after)
     failures = _send(tracker, taken)
     for batch_id, count in Counter(each.child.batch_id for each in taken).items():

@@ -31,7 +31,7 @@ from celery_batchtrack.vocabulary.states import (
 )
 
 from . import callbacks, hot
-from .clock import later, now
+from .clock import Moment, later, now
 from .engine import Connected
 from .rows import CHILD_COLUMNS, child_row
 from .schema import batch, child, incident
@@ -190,10 +190,11 @@ class ChildWrites(Connected):
 
     def release(self, key: ChildKey, token: uuid.UUID, how: Release) -> bool:
         """``running → pending``: the run gives its row back for another attempt."""
-        values: dict[str, Any] = {"not_before": moment(how.countdown, how.eta)}
-        due_now = how.eta is None and not how.countdown
-        # Celery publishes its retry before we get here: one that is due now was refused already.
-        values["dispatched_at"] = now() if how.sent and not due_now else None
+        due = moment(how.countdown, how.eta)
+        values: dict[str, Any] = {"not_before": due, "dispatched_at": None}
+        if how.sent and due is not None:
+            # Celery publishes its retry before we get here: one that is due now was refused already.
+            values["dispatched_at"] = sa.case((sa.type_coerce(due, Moment) > now(), now()), else_=None)
         if how.retries is not None:
             values["retries"] = how.retries
         if how.signature is not None:

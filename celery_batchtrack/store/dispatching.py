@@ -11,7 +11,7 @@ from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Outgoing
 from celery_batchtrack.vocabulary.states import BatchStatus, Kind, Status
 
-from .clock import age, now
+from .clock import age, later, now
 from .engine import Connected
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
 from .schema import batch, child
@@ -41,24 +41,36 @@ class Dispatching(Connected):
             wanted.append(child.c.batch_id == batch_id)
         return self._take(sa.and_(*wanted), limit)
 
-    def overdue(self, after: float, limit: int = 5000) -> list[tuple[str | None, str, float, int, ChildKey]]:
-        """Pending rows whose last publish is older than `after` seconds:
-        (queue, task, seconds since the publish, publishes so far, key), oldest first."""
+    def overdue_queues(self, after: float) -> list[tuple[str | None, str]]:
+        """Where pending rows wait whose last publish is older than `after` seconds: (queue, ""), or (None, task)
+        for those that go where their task is routed."""
+        task = sa.case((child.c.queue.is_(None), child.c.task), else_="").label("task")
+        query = sa.select(child.c.queue, task).where(
+            child.c.status == Status.PENDING.value, child.c.dispatched_at <= later(-after)
+        )
+        with self.read() as connection:
+            return [(row[0], row[1]) for row in connection.execute(query.distinct())]
+
+    def overdue(
+        self, where: tuple[str | None, str], after: float, limit: int = 5000
+    ) -> list[tuple[float, int, ChildKey]]:
+        """Pending rows of one queue whose last publish is older than `after` seconds:
+        (seconds since the publish, publishes so far, key), oldest first."""
+        queue, task = where
+        here = child.c.queue == queue if queue is not None else sa.and_(child.c.queue.is_(None), child.c.task == task)
         waited = age(child.c.dispatched_at)
         query = (
-            sa.select(child.c.queue, child.c.task, waited, child.c.dispatches, child.c.batch_id, child.c.position)
+            sa.select(waited, child.c.dispatches, child.c.batch_id, child.c.position)
             .join(batch, batch.c.id == child.c.batch_id)
             .where(
-                _publishable(), child.c.dispatched_at.is_not(None), waited >= after,
-                sa.or_(child.c.not_before.is_(None), age(child.c.not_before) >= after),
+                here, _publishable(), child.c.dispatched_at <= later(-after),
+                sa.or_(child.c.not_before.is_(None), child.c.not_before <= later(-after)),
             )
             .order_by(child.c.dispatched_at)
             .limit(limit)
         )  # fmt: skip
         with self.read() as connection:
-            return [
-                (row[0], row[1], float(row[2]), row[3], ChildKey(row[4], row[5])) for row in connection.execute(query)
-            ]
+            return [(float(row[0]), row[1], ChildKey(row[2], row[3])) for row in connection.execute(query)]
 
     def expired(self, limit: int = 1000) -> list[ChildRow]:
         """Pending rows whose time to start is over."""
@@ -76,7 +88,7 @@ class Dispatching(Connected):
         for batch_id, positions in _by_batch(keys).items():
             wanted = sa.and_(
                 child.c.batch_id == batch_id, child.c.position.in_(positions),
-                child.c.dispatched_at.is_not(None), age(child.c.dispatched_at) >= after,
+                child.c.dispatched_at <= later(-after),
             )  # fmt: skip
             taken += self._take(wanted, len(positions))
         return taken

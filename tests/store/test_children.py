@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from datetime import UTC, datetime
 
 import pytest
 
@@ -289,9 +290,11 @@ def test_a_retry_that_celery_sent_for_later_is_not_published_twice(scene: Scene)
 
 def test_a_retry_that_celery_sent_for_now_is_published_again(scene: Scene) -> None:
     """Its message came before the release and was refused."""
-    claimed = scene.run(scene.batch(1))
-    scene.store.release(claimed.key, claimed.token, Release(sent=True))
-    assert [each.child.attempt for each in scene.store.take_undispatched(None, 10)] == [1]
+    past = datetime(2020, 1, 1, tzinfo=UTC)
+    for how in (Release(sent=True), Release(countdown=0.0, sent=True), Release(eta=past, sent=True)):
+        claimed = scene.run(scene.batch(1))
+        scene.store.release(claimed.key, claimed.token, how)
+        assert [each.child.attempt for each in scene.store.take_undispatched(None, 10)] == [1], how
 
 
 def test_a_release_with_evidence_records_the_attempt_that_did_not_complete(scene: Scene) -> None:

@@ -87,11 +87,20 @@ def test_old_publishes_are_overdue_oldest_first(scene: Scene) -> None:
     scene.store.take_undispatched(batch_id, 10)
     scene.set_child(ChildKey(batch_id, 1), dispatched_at=later(-40.0))
     scene.set_child(ChildKey(batch_id, 2), dispatched_at=later(-90.0))
-    found = scene.store.overdue(30)
-    assert [(queue, task, dispatches, key.position) for queue, task, _, dispatches, key in found] == [
-        ("slow", "demo.task", 1, 2), ("slow", "demo.task", 1, 1),
-    ]  # fmt: skip
-    assert [waited for _, _, waited, _, _ in found] == pytest.approx([90, 40], abs=5)
+    assert scene.store.overdue_queues(30) == [("slow", "")]
+    found = scene.store.overdue(("slow", ""), 30)
+    assert [(dispatches, key.position) for _, dispatches, key in found] == [(1, 2), (1, 1)]
+    assert [waited for waited, _, _ in found] == pytest.approx([90, 40], abs=5)
+
+
+def test_a_busy_queue_does_not_hide_the_overdue_rows_of_another(scene: Scene) -> None:
+    busy, quiet = scene.batch(some(3, queue="busy")), scene.batch(some(1, queue="quiet"))
+    for batch_id, age in ((busy, 500.0), (quiet, 40.0)):
+        scene.store.take_undispatched(batch_id, 10)
+        for position in range(3 if batch_id == busy else 1):
+            scene.set_child(ChildKey(batch_id, position), dispatched_at=later(-age))
+    assert sorted(scene.store.overdue_queues(30)) == [("busy", ""), ("quiet", "")]
+    assert [key for *_, key in scene.store.overdue(("quiet", ""), 30, limit=3)] == [ChildKey(quiet, 0)]
 
 
 def test_a_row_whose_time_has_not_come_is_not_overdue(scene: Scene) -> None:
@@ -100,8 +109,9 @@ def test_a_row_whose_time_has_not_come_is_not_overdue(scene: Scene) -> None:
     for position in (0, 1):
         scene.set_child(ChildKey(batch_id, position), dispatched_at=later(-4000.0))
     scene.set_child(ChildKey(batch_id, 1), not_before=later(-60.0))
-    assert [key.position for *_, key in scene.store.overdue(30)] == [1]
-    assert scene.store.overdue(600) == [], "it counts from the moment it could run"
+    assert scene.store.overdue_queues(30) == [(None, "demo.task")]
+    assert [key.position for *_, key in scene.store.overdue((None, "demo.task"), 30)] == [1]
+    assert scene.store.overdue((None, "demo.task"), 600) == [], "it counts from the moment it could run"
 
 
 def test_rows_are_taken_again_only_if_nobody_did_meanwhile(scene: Scene) -> None:
