@@ -22,6 +22,7 @@ _NO_SETTINGS = frozenset({"batchtrack_owners"})
 
 def load(app: Any, *, warn: bool = True) -> Settings:
     """Validated settings of an app. Raises ImproperlyConfigured with what to write instead."""
+    app.conf.get(PREFIX + "enabled")  # the first read puts another object into `app.conf`, which knows its namespace
     conf = app.conf
     namespace = getattr(conf, "prefix", "") or ""
     keys = _keys(conf)

@@ -152,16 +152,16 @@ class BatchTrack:
             track(task, TrackedRequest)
 
     def _watch_registrations(self) -> None:
-        """Tasks registered after finalization (`register_task`, late imports) are wrapped as they come."""
+        """Tasks registered after finalization (`register_task`, late imports) are wrapped as they come. Celery puts
+        them straight into its registry, a dictionary."""
         registry = self.app._tasks
-        original = registry.register
+        kind = type(registry)
 
-        def register(task: Any) -> None:
-            original(task)
-            if self.app.finalized and task.name in registry:
-                track(registry[task.name], TrackedRequest)
+        def set_item(held: Any, name: str, task: Any) -> None:
+            kind.__setitem__(held, name, task)
+            track(task, TrackedRequest)
 
-        registry.register = register
+        registry.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__setitem__": set_item})
 
     # -- parts, made at first use ----------------------------------------------------------------
 
@@ -256,6 +256,7 @@ class BatchTrack:
         if self._worker is not None:
             self._worker[1].close_own_pages()
             self._worker[1].remove()
+        self._worker = self.attendant = self._pulse = None
 
     def end_pool_process(self) -> None:
         """At a clean end of a pool process its pages go."""

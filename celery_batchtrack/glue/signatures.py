@@ -59,8 +59,9 @@ def _refuse_own_publishing(app: Any, name: str) -> None:
     if task is None:
         return
     if type(task).apply_async is not Task.apply_async:
+        owner = next(each for each in type(task).__mro__ if "apply_async" in vars(each))
         raise errors.UnsupportedCanvas(
-            f"{name} has its own apply_async ({type(task).__mro__[1].__name__}), which a batch would bypass: "
+            f"{name} has its own apply_async ({owner.__name__}), which a batch would bypass: "
             "this version cannot track it"
         )
     if str(task.Strategy) != "celery.worker.strategy:default":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from signal import Signals, valid_signals
 from typing import Any
 
+from billiard.pool import EX_RECYCLE
 from celery import bootsteps, signals
 
 from celery_batchtrack import errors
+from celery_batchtrack.behaviour.detector import Death
 from celery_batchtrack.vocabulary.ids import HEADER, Ticket
 from celery_batchtrack.vocabulary.states import Cause, Status
 
@@ -36,9 +39,23 @@ class AttendanceStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 "detection would mistake them. Use -P prefork, threads or solo, or leave BatchTrack(app) out"
             )
         worker.app.batchtrack.begin_worker(worker.hostname, pool)
+        self._end_with(worker.blueprint, worker.app.batchtrack)
+
+    def _end_with(self, blueprint: Any, extension: Any) -> None:
+        """After every step has stopped, the pool too. `worker_shutdown` is not sent by a cold shutdown, nor by a
+        worker in a thread (`celery.contrib.testing`), which no exit of the process ends either."""
+        before = blueprint.on_stopped
+
+        def on_stopped() -> None:
+            if before is not None:
+                before()
+            extension.end_worker()
+
+        blueprint.on_stopped = on_stopped
 
     def start(self, worker: Any) -> None:
         worker.app.batchtrack.attend()
+        _watch_exits(getattr(worker.pool, "_pool", None), worker.app.batchtrack)
         hub = getattr(worker, "hub", None)
         if hub is not None and hasattr(worker.pool, "maintain_pool"):
             hub.call_repeatedly(_MAINTAIN_POOL_EVERY, worker.pool.maintain_pool)
@@ -47,6 +64,40 @@ class AttendanceStep(bootsteps.StartStopStep):  # type: ignore[misc]
         """Nothing: Celery stops dependents first, and the pool's children are still running."""
 
     terminate = stop
+
+
+def _watch_exits(pool: Any, extension: Any) -> None:
+    """Tell the attendant of every pool process that dies, whatever its request hears of it.
+
+    A process may die before the main process has read that it accepted its job: billiard then hands the job to
+    another, and no request is told. Comes after the requests' own news, which know more.
+    """
+    join = getattr(pool, "_join_exited_workers", None)
+    if join is None:
+        return
+
+    def join_and_tell(*args: Any, **kwargs: Any) -> Any:
+        before = list(pool._pool)
+        try:
+            return join(*args, **kwargs)
+        finally:
+            left = set(pool._pool)
+            for process in before:
+                if process not in left and process.exitcode not in (None, EX_RECYCLE):
+                    _exited(extension, process.pid, process.exitcode)
+
+    pool._join_exited_workers = join_and_tell
+
+
+def _exited(extension: Any, pid: int, code: int) -> None:
+    attendant = extension.attendant
+    if attendant is None:
+        return
+    if code < 0:
+        name = Signals(-code).name if -code in valid_signals() else f"signal {-code}"
+        attendant.died(Death(pid, None, Cause.SIGNAL, signal=name, message=f"its process was killed by {name}"))
+    else:
+        attendant.died(Death(pid, None, Cause.EXIT, exit_code=code, message=f"its process exited with {code}"))
 
 
 def _pool_name(worker: Any) -> str:
