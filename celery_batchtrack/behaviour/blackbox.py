@@ -168,6 +168,14 @@ def choose_folder(wanted: str | None) -> Path | None:
     return None
 
 
+#: Workers whose main process is this very process: asking for their locks would drop them.
+_own_workers: set[uuid.UUID] = set()
+
+
+def _is_own(worker_id: uuid.UUID) -> bool:
+    return worker_id in _own_workers
+
+
 class Boxes:
     """The folder of one worker boot: its pages, its spool, and the lock that says its main process lives."""
 
@@ -187,6 +195,7 @@ class Boxes:
             (self.folder / "spool").mkdir(mode=0o700, parents=True, exist_ok=True)
             self._alive = os.open(self.folder / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.lockf(self._alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _own_workers.add(self.worker_id)
         except OSError:
             self.folder = None  # full or taken away meanwhile: tracking goes on without boxes
 
@@ -245,6 +254,17 @@ def with_spool(base: Path | None) -> set[uuid.UUID]:
     for path in () if base is None else base.glob("*/spool/*.json"):
         with contextlib.suppress(ValueError):
             found.add(uuid.UUID(path.parent.parent.name))
+    return found
+
+
+def of_dead_workers(base: Path) -> list[Boxes]:
+    """Folders whose main process is gone, by its lock. Another database's workers may be among them."""
+    found = []
+    for folder in base.iterdir() if base.is_dir() else ():
+        with contextlib.suppress(ValueError):
+            boxes = Boxes(base, uuid.UUID(folder.name))
+            if (folder / "alive").exists() and not _is_own(boxes.worker_id) and held(folder / "alive") is False:
+                found.append(boxes)
     return found
 
 

@@ -54,6 +54,8 @@ def process_died(tracker: Tracker, worker: WorkerIdentity, boxes: Boxes, death: 
     mine = f"{death.pid}:" if death.pid_started is None else f"{death.pid}:{death.pid_started}:"
     run.deliver_spool(tracker, boxes, lambda spooled: spooled.slot.startswith(mine))
     rows = tracker.store.running_of(worker.id, mine)
+    if death.pid_started is None:  # the pid may be another process's by now
+        rows = [row for row in rows if _slot_gone(row.slot or mine + "0:0:0") is not False]
     written = 0
     for row in rows:
         written += recovery.run_died(tracker, row, _evidence_of(worker, death), Verdict.OBSERVED)
@@ -162,13 +164,17 @@ class Reconciler:
         for (key, token), slot in suspects.items():
             if key in reasons:
                 beats[key, token] = self._zombies.get((key, token), 0) + 1
-                self._terminate(key, slot, reasons[key], beats[key, token])
+                self._terminate(key, token, slot, reasons[key], beats[key, token])
         self._zombies = beats
 
-    def _terminate(self, key: ChildKey, slot: str, reason: str, beats: int) -> None:
+    def _terminate(self, key: ChildKey, token: uuid.UUID, slot: str, reason: str, beats: int) -> None:
         pid = slot_process(slot)[0]
         if beats < 2 or pid == self.worker.pid:  # a thread or solo pool: its run goes on, in vain
             return
+        path = self.boxes.path(slot)
+        page = None if path is None else blackbox.read(path)
+        if page is None or (page.token, page.phase) != (token, Phase.RUNNING) or _slot_gone(slot) is not False:
+            return  # it ended meanwhile, and its process may run another child
         # First the way Celery terminates; native code that does not listen is killed a beat later.
         self.kill(pid, signal.SIGTERM if beats == 2 else signal.SIGKILL)
         self.tracker.emit(events.ZombieTerminated(key, pid, reason))
@@ -220,7 +226,18 @@ class Sweeper:
         self._lose_by_lease(done, may_convict=may_convict)
         self._settle_orphans(done)
         self._tend_batches(done)
+        self._clear_away()
         return done
+
+    def _clear_away(self) -> None:
+        """Folders of dead workers of which nothing is left to tell."""
+        if self.base is None:
+            return
+        kept = {worker.id for worker in self.tracker.store.live_workers()}
+        kept |= {worker.id for _, worker in self.tracker.store.orphans()}
+        for boxes in blackbox.of_dead_workers(self.base):
+            if boxes.worker_id not in kept and self.tracker.store.knows_worker(boxes.worker_id):
+                boxes.remove()
 
     def _replay_spools(self, done: Sweep) -> None:
         """Ends that processes of this host could not write, before any verdict about their runs: also those of
@@ -273,10 +290,16 @@ class Sweeper:
         store = self.tracker.store
         if may_convict:
             for worker in store.confirmed_stale():
-                alive_here = self._same_host(worker) and hosts.gone(worker.pid, worker.pid_started) is False
-                if not alive_here:
+                if not self._seen_alive(worker):
                     self._lost(worker, Detector.LEASE, done, worker.beat)
         store.suspect(anew=not may_convict)
+
+    def _seen_alive(self, worker: WorkerRow) -> bool:
+        """Silent, but there: stopped, swapped out, or cut off from the database."""
+        if self._same_host(worker):
+            return hosts.gone(worker.pid, worker.pid_started) is False
+        folder = self._boxes_of(worker).folder
+        return folder is not None and blackbox.held(folder / "alive") is True
 
     def _settle_orphans(self, done: Sweep) -> None:
         for row, worker in self.tracker.store.orphans():
@@ -309,7 +332,10 @@ class Sweeper:
             if pid == worker.pid:
                 return True if self._surely_dead(worker) else hosts.gone(worker.pid, worker.pid_started)
             return _slot_gone(row.slot)
-        path = self._boxes_of(worker).path(row.slot)
+        boxes = self._boxes_of(worker)
+        own_process = slot_process(row.slot)[0] == worker.pid
+        # In threads and solo pools the main process reads its own pages, which drops their locks: ask for its own.
+        path = boxes.folder / "alive" if own_process and boxes.folder is not None else boxes.path(row.slot)
         held = None if path is None else blackbox.held(path)
         return None if held is None else not held
 

@@ -28,15 +28,33 @@ def pump(tracker: Tracker, batch_id: uuid.UUID | None = None) -> int:
     Each chunk is stamped, committed, and only then sent: dying in between leaves stamped rows without
     a message, which `redispatch` finds. A broker that is down ends the loop; the rows stay due.
     """
+    batches = tracker.store.undispatched() if batch_id is None else [batch_id]
     sent = 0
+    for each in batches:
+        count, down = _pump(tracker, each)
+        sent += count
+        if down:
+            break
+    return sent
+
+
+def _pump(tracker: Tracker, batch_id: uuid.UUID) -> tuple[int, bool]:
     chunk = tracker.settings.dispatch_chunk
-    while True:
-        taken = tracker.store.take_undispatched(batch_id, chunk)
-        failpoints.reach("dispatch.stamped")
-        failures = _send(tracker, taken)
-        sent += len(taken) - len(failures)
-        if any(not each.final for each in failures) or (len(taken) < chunk and not failures):
-            return sent  # what can never be sent was settled, and callbacks may be due for that
+    sent, unsent = 0, []
+    try:
+        while True:
+            taken = tracker.store.take_undispatched(batch_id, chunk)
+            failpoints.reach("dispatch.stamped")
+            failures = _send(tracker, taken)
+            sent += len(taken) - len(failures)
+            unsent += [each.message.row for each in failures if not each.final]
+            down = any(each.down for each in failures)
+            # What can never be sent was settled, and callbacks may be due for that: look once more.
+            if down or (len(taken) < chunk and not any(each.final for each in failures)):
+                return sent, down
+    finally:
+        if unsent:  # only now, or the next chunk would be the same rows again
+            tracker.store.give_back(unsent)
 
 
 #: A worker was just lost: messages that it had prefetched are gone, or held back by the broker for long.
@@ -60,6 +78,7 @@ def redispatch(tracker: Tracker, *, worker_lost: bool = False) -> int:
                 keys.append(key)
     taken = tracker.store.take_again(keys, after)
     failures = _send(tracker, taken)
+    tracker.store.give_back([each.message.row for each in failures if not each.final])
     for batch_id, count in Counter(each.child.batch_id for each in taken).items():
         tracker.emit(events.Redispatched(batch_id, count))
     if any(each.final for each in failures):
@@ -73,21 +92,36 @@ def _patience(tracker: Tracker, dispatches: int, *, empty: bool) -> float:
     return min(LONGEST_WAIT, base * 2.0 ** min(20, max(0, dispatches - 1)))
 
 
+#: What no later try would mend: a result or signature that cannot be read back.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError)
+
+
 def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> list[NotSent]:
-    """Publish taken rows; what could not be sent is due again, or settled. Returns what failed."""
+    """Publish taken rows. Returns what failed; what can never be sent is settled."""
     if not taken:
         return []
     try:
-        failures = tracker.publisher.publish([_message(tracker, each) for each in taken])
+        messages, failures = _messages(tracker, taken)
+        failures += tracker.publisher.publish(messages)
     except BaseException:
         tracker.store.give_back([each.child for each in taken])
         raise
-    again = [each.message.row for each in failures if not each.final]
-    if again:
-        tracker.store.give_back(again)
     for failure in failures:
         _report_failure(tracker, failure)
     return failures
+
+
+def _messages(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[Message], list[NotSent]]:
+    """One row that cannot be made into a message must not hold up the others."""
+    messages, failures = [], []
+    for out in taken:
+        try:
+            messages.append(_message(tracker, out))
+        except _UNREADABLE as error:
+            ticket = Ticket(tracker.store_id, out.child.key, out.child.attempt, out.child.kind)
+            unmade = Message(out.child, out.batch, ticket)
+            failures.append(NotSent(unmade, f"{type(error).__name__}: {error}", final=True))
+    return messages, failures
 
 
 def _report_failure(tracker: Tracker, failure: NotSent) -> None:
@@ -106,7 +140,10 @@ def _message(tracker: Tracker, out: Outgoing) -> Message:
     if row.kind == Kind.CHILD:
         keep = batch.options.get("results") != "none"
         return Message(row, batch, replace(ticket, keep_result=keep))
-    body_id = declared_callback(batch, row).get("errback")
+    declared = declared_callback(batch, row)
+    body_id = declared.get("errback")
+    if body_id is not None and declared.get("immutable"):
+        return Message(row, batch, ticket)
     if body_id is not None:
         return Message(row, batch, replace(ticket, errback=(body_id, _dependency(tracker, row))), (body_id,))
     return Message(row, batch, ticket, _callback_arguments(tracker, out))

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from celery_batchtrack.vocabulary.records import ChildRow, IncidentRow, Progress, isoformat
+from celery_batchtrack.vocabulary.records import ChildRow, IncidentRow, Progress
 from celery_batchtrack.vocabulary.states import Cause, Status
 
 from .tracker import Tracker
@@ -124,14 +124,3 @@ def _unhappy(child: ChildRow, incident: IncidentRow | None) -> Unhappy:
         *base, incident.signal, incident.exit_code, incident.message, incident.hostname, incident.pid,
         incident.detected_by,
     )  # fmt: skip
-
-
-def incident_as_dict(incident: IncidentRow) -> dict[str, Any]:
-    """JSON-able, under the table's column names."""
-    values: dict[str, Any] = {}
-    for name in IncidentRow.__slots__:
-        value = getattr(incident, name)
-        if name.endswith("_at"):
-            value = isoformat(value)
-        values[name] = str(value) if isinstance(value, uuid.UUID) else value
-    return values

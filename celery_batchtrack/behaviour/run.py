@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from celery_batchtrack import errors
@@ -125,11 +126,7 @@ class Runner:
     def settle(self, run: Run, ending: Ending) -> Settled:
         """Write the run's end, its count included, before the task is over."""
         run.page.phase(Phase.SETTLING)
-        try:
-            settled = self._delivered(run, ending)
-        except Exception:
-            run.page.clear()  # a row that is still running now is a lost settle, for the reconciliation to find
-            raise
+        settled = self._surely_delivered(run, ending)
         failpoints.reach("settle.committed")
         run.page.clear()
         tracker, key = self.tracker, run.ticket.key
@@ -142,6 +139,27 @@ class Runner:
         _best_effort(tracker, run, lambda: finish.after(tracker, key, settled))
         return settled
 
+    def _surely_delivered(self, run: Run, ending: Ending) -> Settled:
+        """A soft time limit, or an error nobody thought of, may strike in the middle of it: once more, then spool."""
+        try:
+            return self._delivered(run, ending)
+        except Exception:  # noqa: BLE001 (a settle may be repeated)
+            try:
+                return self._delivered(run, ending)
+            except Exception:
+                self._spool(run, ending)
+                run.page.clear()  # a row that is still running now is a lost settle, for others to find
+                raise
+
+    def _spool(self, run: Run, ending: Ending) -> Path | None:
+        """Keep an outcome on disk; None where that cannot be done: then only this process knows it."""
+        if self.boxes.folder is not None:
+            with contextlib.suppress(OSError):
+                return spool.write(
+                    self.boxes.folder, spool.Spooled(run.ticket.key, run.claimed.token, run.slot, ending)
+                )
+        return None
+
     def _delivered(self, run: Run, ending: Ending) -> Settled:
         """Settle; while the database is away the outcome lies on disk, and the slot waits."""
         key, token = run.ticket.key, run.claimed.token
@@ -151,11 +169,9 @@ class Runner:
             try:
                 settled = self.tracker.store.settle(key, token, ending)
             except errors.DatabaseUnavailable as error:
-                if path is None and self.boxes.folder is not None:
-                    spooled = spool.Spooled(key, token, run.slot, ending)
-                    with contextlib.suppress(OSError):  # a full disk: the next try, or the database, is first
-                        path = spool.write(self.boxes.folder, spooled)
-                        self.tracker.emit(events.DatabaseAway(key, "settle", str(error), spooled=True))
+                if path is None:
+                    path = self._spool(run, ending)
+                    self.tracker.emit(events.DatabaseAway(key, "settle", str(error), spooled=path is not None))
                 self.pause(next(waits) or 0.0)
             else:
                 if path is not None:

@@ -27,11 +27,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class NotSent:
-    """A message that was not published. `final`: trying again is pointless."""
+    """A message that was not published.
+
+    `final`: trying again is pointless. `down`: the broker cannot be reached, so neither were those behind it.
+    """
 
     message: Message
     error: str
     final: bool = False
+    down: bool = False
 
 
 class Publisher(Protocol):

@@ -27,6 +27,9 @@ logger = logging.getLogger("celery_batchtrack")
 
 Job = Callable[[], object]
 
+#: Seconds between two looks for batches whose retention is over.
+_PRUNE_EVERY = 3600.0
+
 
 class Pulse:
     """Beats every `heartbeat` seconds until stopped; registers the worker's row first, as often as needed."""
@@ -135,8 +138,9 @@ class Attendant:
 
     def _run(self) -> None:
         self._guarded(self._boot)
-        heartbeat = self.tracker.settings.heartbeat
+        heartbeat = min(self.tracker.settings.heartbeat, self.tracker.settings.detect_every)
         due = time.monotonic() + heartbeat
+        prune_at = time.monotonic() + _PRUNE_EVERY
         while not self._closing.is_set():
             pause = min(0.5, due - time.monotonic()) if self._waiting else due - time.monotonic()
             self._take(max(0.0, pause))
@@ -144,6 +148,14 @@ class Attendant:
                 due = time.monotonic() + heartbeat
                 self._guarded(self.reconciler.beat)
                 self._guarded(self._sweep_if_overdue)
+            if time.monotonic() >= prune_at:
+                prune_at = time.monotonic() + _PRUNE_EVERY
+                self._guarded(self._prune)
+
+    def _prune(self) -> None:
+        """Beat does this too, where there is one with our entry."""
+        retention = self.tracker.settings.retention
+        self.tracker.store.prune(completed=retention["completed"], other=retention["other"])
 
     def _boot(self) -> None:
         """At start: what a predecessor on this host left is settled before anything else."""
@@ -180,7 +192,7 @@ class Attendant:
         while self._waiting:
             try:
                 self._waiting[0]()
-            except errors.BatchTrackError as error:
+            except (errors.DatabaseUnavailable, errors.SchemaError) as error:
                 logger.error("action=verdict_waits %d to write: %s", len(self._waiting), error)
                 return
             except Exception:

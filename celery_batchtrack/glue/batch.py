@@ -12,7 +12,7 @@ from celery import current_task
 from celery.result import assert_will_not_block
 
 from celery_batchtrack import errors
-from celery_batchtrack.behaviour import finish, report
+from celery_batchtrack.behaviour import dispatch, finish, report
 from celery_batchtrack.behaviour.report import Report
 from celery_batchtrack.vocabulary.ids import uuid7
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, IncidentRow, NewBatch, NewChild, Progress
@@ -22,6 +22,7 @@ from . import codec, signatures
 from .extension import BatchTrack
 from .narrate import logger
 from .options import ValidOptions, validated
+from .progress import shown
 
 
 class Child:
@@ -31,6 +32,8 @@ class Child:
         self.row = row
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "row":
+            raise AttributeError(name)
         return getattr(self.row, name)
 
     def __repr__(self) -> str:
@@ -68,7 +71,7 @@ class Batch:
             options["name"] = name
         self._options: ValidOptions | None = validated(options, "batch")
         self.id: uuid.UUID = uuid7()
-        self._opened = False
+        self._opened = self._broken = False
         self._buffer: list[NewChild] = []
         self._headers: dict[str, Any] = {}
         self._client: Any = None
@@ -82,6 +85,7 @@ class Batch:
         batch = cls.__new__(cls)
         batch._extension, batch.id, batch._options = extension, batch_id, None
         batch._opened, batch._buffer, batch._client, batch._headers = False, [], None, {}
+        batch._broken = False
         batch.task_ids = []
         return batch
 
@@ -124,8 +128,9 @@ class Batch:
             raise errors.BatchStateError(
                 "children are added inside the block: `with Batch(…) as batch: batch.add(task.s(…))`"
             )
+        self._check_whole()
         for child in children:
-            self._buffer.append(signatures.new_child(self._extension.app, child, {}, {}, "a child"))
+            self._buffer.append(signatures.new_child(self._extension.app, child, {}, "a child"))
             if len(self._buffer) >= self._extension.settings.insert_chunk:
                 self._flush()
 
@@ -138,12 +143,19 @@ class Batch:
         if not self._buffer:
             return
         block, self._buffer = self._buffer, []
-        if self._extension.store.add(self.id, block) is None:
+        self._broken = True  # until the block is known to be written: it may be lost, or there already
+        added = self._extension.store.add(self.id, block)
+        self._broken = False
+        if added is None:
             raise errors.BatchStateError(f"batch {self.id} is open no more: it was {self.status} meanwhile")
         if self._options is not None and self._options.start_now:
-            from celery_batchtrack.behaviour import dispatch
-
             dispatch.pump(self._extension.tracker, self.id)
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise errors.BatchStateError(
+                f"a block of children of batch {self.id} could not be written: the batch will be cancelled; start anew"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -160,6 +172,7 @@ class Batch:
     def _seal(self) -> None:
         tracker = self._extension.tracker
         try:
+            self._check_whole()
             self._flush()
             sealed = tracker.store.seal(self.id)
         except BaseException:
@@ -202,13 +215,34 @@ class Batch:
         """Progress every so many seconds (default `batchtrack_wait_poll`), until the batch has ended; the last one
         is of the ended batch. Runs a sweep when nobody else does."""
         pause = self._extension.settings.wait_poll if every is None else every
+        progress = self.progress()
         while True:
-            progress = self.progress()
             yield progress
             if progress.ended:
                 return
-            time.sleep(pause)
-            self._extension.sweep_if_overdue()
+            self._pause(pause)
+            progress = self._progress_or(progress)
+
+    def _progress_or(self, last: Progress) -> Progress:
+        """A database that goes away while somebody waits is waited for, too."""
+        try:
+            return self.progress()
+        except errors.DatabaseUnavailable as error:
+            logger.warning("action=wait_waits batch %s: %s", self.id, error)
+            return last
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep; sweep whenever nobody else has for an interval. Trouble of a sweep is not the waiter's."""
+        until = time.monotonic() + seconds
+        while True:
+            left = until - time.monotonic()
+            time.sleep(max(0.0, min(left, self._extension.settings.detect_every)))
+            try:
+                self._extension.sweep_if_overdue()
+            except Exception as error:  # noqa: BLE001 (broker, database, anything)
+                logger.warning("action=sweep_waits %s: %s", type(error).__name__, error)
+            if time.monotonic() >= until:
+                return
 
     def wait(self, timeout: float | None = None, *, bar: bool = False, callbacks: bool = False) -> BatchStatus:
         """Wait for the end; returns how it ended. Inside a task it raises, as Celery's `get()` does.
@@ -219,24 +253,26 @@ class Batch:
             callbacks: also wait until the callbacks have settled.
         """
         assert_will_not_block()
-        from .progress import shown
+        return self._wait(timeout, bar=bar, callbacks=callbacks)
 
+    def _wait(self, timeout: float | None, *, bar: bool = False, callbacks: bool = False) -> BatchStatus:
         deadline = None if timeout is None else time.monotonic() + timeout
         for progress in shown(self.iter_progress(), bar=bar):
-            self._check_time(deadline, timeout, progress.ended)
+            self._check_time(deadline, timeout, progress)
         while callbacks and any(row.status in ("pending", "running") for row in self._callback_rows()):
-            self._check_time(deadline, timeout, False)
-            time.sleep(self._extension.settings.wait_poll)
-            self._extension.sweep_if_overdue()
-        return self.status
+            self._check_time(deadline, timeout, None)
+            self._pause(self._extension.settings.wait_poll)
+        return BatchStatus(progress.status)
 
-    def _check_time(self, deadline: float | None, timeout: float | None, ended: bool) -> None:
-        if deadline is not None and not ended and time.monotonic() > deadline:
-            progress = self.progress()
-            raise errors.BatchTimeout(
-                f"batch {self.id} has not ended after {timeout:g} s: {progress.pending} children pending, "
-                f"{progress.running} running; it goes on"
-            )
+    def _check_time(self, deadline: float | None, timeout: float | None, progress: Progress | None) -> None:
+        if deadline is None or time.monotonic() <= deadline or (progress is not None and progress.ended):
+            return
+        if progress is None:
+            raise errors.BatchTimeout(f"batch {self.id} has ended, but its callbacks have not after {timeout:g} s")
+        raise errors.BatchTimeout(
+            f"batch {self.id} has not ended after {timeout:g} s: {progress.pending} children pending, "
+            f"{progress.running} running; it goes on"
+        )
 
     def _callback_rows(self) -> list[ChildRow]:
         return self._extension.store.callback_rows(self.id)
@@ -323,15 +359,28 @@ def start(
     """Create a sealed batch from signatures, in one transaction, and send its children."""
     headers = captured(extension)
     children = [
-        signatures.new_child(extension.app, each, overrides or {}, {}, f"header element {at}")
+        signatures.new_child(extension.app, each, overrides or {}, f"header element {at}")
         for at, each in enumerate(header)
     ]
     new = new_batch(extension, options, uuid7(), headers, errbacks=errbacks, body_id=body_id)
-    extension.store.create(new, children, seal=True)
+    _create(extension, new, children)
     _send(extension, new.id)
     batch = Batch._handle(extension, new.id)
     batch.task_ids = [child.task_id for child in children]
     return batch
+
+
+def _create(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild]) -> None:
+    """Sealed, in one transaction. If only the commit's answer was lost, the batch is there."""
+    try:
+        extension.store.create(new, children, seal=True)
+    except errors.DatabaseUnavailable:
+        try:
+            there = extension.store.batch(new.id) is not None
+        except errors.DatabaseUnavailable:
+            there = False
+        if not there:
+            raise
 
 
 def _send(extension: BatchTrack, batch_id: uuid.UUID) -> None:

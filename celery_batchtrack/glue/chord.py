@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from celery.canvas import Signature, group, maybe_signature
@@ -51,7 +51,7 @@ class ChordResult(AsyncResult):  # type: ignore[misc]
         if options.get("disable_sync_subtasks", True):
             assert_will_not_block()
         deadline = None if timeout is None else time.monotonic() + timeout
-        ended = self.batch.wait(timeout)
+        ended = self.batch._wait(timeout)
         if ended in (BatchStatus.FAILED, BatchStatus.CANCELLED):
             return self._no_body(ended, propagate)
         while True:
@@ -60,8 +60,7 @@ class ChordResult(AsyncResult):  # type: ignore[misc]
                 return self._answer(body, propagate)
             if deadline is not None and time.monotonic() > deadline:
                 raise errors.BatchTimeout(f"the callback {body.task} of batch {self.batch.id} has not ended")
-            time.sleep(min(interval, self.batch._extension.settings.wait_poll))
-            self.batch._extension.sweep_if_overdue()
+            self.batch._pause(min(interval, self.batch._extension.settings.wait_poll))
 
     def _no_body(self, ended: BatchStatus, propagate: bool) -> Any:
         error = errors.BatchFailed(str(self.batch.report()))
@@ -95,6 +94,17 @@ class ChordResult(AsyncResult):  # type: ignore[misc]
 
     status = state
 
+    def _get_task_meta(self) -> dict[str, Any]:
+        """What Celery's own properties (`result`, `info`, …) read; from the row, not from a backend."""
+        state = self.state
+        body = self._body() if state in ("SUCCESS", "FAILURE") else None
+        result: Any = None
+        if state == "SUCCESS" and body is not None and body.result is not None:
+            result = codec.loads(body.result)
+        elif state == "FAILURE":
+            result = errors.BatchFailed(str(self.batch.report()))
+        return {"status": state, "result": result, "traceback": None, "children": [], "task_id": self.id}
+
     def ready(self) -> bool:
         return self.state in ("SUCCESS", "FAILURE")
 
@@ -126,7 +136,7 @@ class chord(Signature):  # type: ignore[misc]
         given = dict(batch or {})
         if "on_success" in given:
             raise errors.InvalidOption("a chord's on_success is its body: leave it out of batch={…}, or use Batch(…)")
-        self.header, self.body, self.batch_options = header, body, given
+        self.header, self.body, self.batch_options = _members(header), body, given
         self._valid(given)
 
     def _valid(self, given: Mapping[str, Any]) -> ValidOptions:
@@ -143,7 +153,7 @@ class chord(Signature):  # type: ignore[misc]
             raise errors.InvalidOption("a chord needs a body: chord(header)(body)")
         options = {**(self.get("options") or {}), **options}
         extension = BatchTrack.of(self._app or getattr(body, "_app", None))
-        header = [_partial(each, args, kwargs, extension.app) for each in _members(self.header)]
+        header = [_partial(each, args, kwargs, extension.app) for each in self.header]
         if not extension.enabled:
             if self.batch_options:
                 logger.warning(
@@ -187,7 +197,7 @@ class chord(Signature):  # type: ignore[misc]
         return f"<celery_batchtrack.chord {self.body!r}>"
 
 
-def _members(header: Any) -> Iterable[Any]:
+def _members(header: Any) -> list[Any]:
     if isinstance(header, group):
         return list(header.tasks)
     if isinstance(header, Mapping):

@@ -10,6 +10,8 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from celery import current_app
@@ -50,6 +52,16 @@ def _current_app() -> Any:
     return tracked[0] if len(tracked) == 1 else current_app
 
 
+@dataclass
+class _Client:
+    """This process as a client, shared by all that need it at the same time."""
+
+    pid: int
+    identity: WorkerIdentity
+    pulse: Pulse
+    holders: int = 0
+
+
 class BatchTrack:
     """Tracks the batches of one Celery app.
 
@@ -74,8 +86,10 @@ class BatchTrack:
         self._tracker: Tracker | None = None
         self._worker: tuple[WorkerIdentity, Boxes] | None = None
         self._pulse: Pulse | None = None
-        self._client: tuple[int, WorkerIdentity, Pulse] | None = None
+        self._client: _Client | None = None
+        self._eager: tuple[int, WorkerIdentity] | None = None
         self._worker_pid: int | None = None
+        self._base: tuple[Path | None] | None = None  # folder of the black boxes, once chosen
         app.batchtrack = self
         self._install()
 
@@ -200,7 +214,8 @@ class BatchTrack:
     def reset(self) -> None:
         """Forget settings and connections, so that a changed configuration counts. For tests and scripts."""
         with self._lock:
-            self.end_client()
+            self._forget_client()
+            self._eager = None
             if self._tracker is not None:
                 self._tracker.store.dispose()
             self._settings = self._tracker = None
@@ -268,48 +283,58 @@ class BatchTrack:
         """Runs children in this process: under its worker's identity, or a client's."""
         if self._worker is not None:
             return Runner(self.tracker, *self._worker)
-        identity = self.begin_client()
+        if self._eager is None or self._eager[0] != os.getpid():
+            self._eager = (os.getpid(), self.begin_client())  # held until the process ends
+        identity = self._eager[1]
         return Runner(self.tracker, identity, Boxes(None, identity.id))
 
     # -- client ----------------------------------------------------------------------------------
 
     def begin_client(self) -> WorkerIdentity:
-        """Register this process as a client with a pulse, so that its death is noticed. Idempotent."""
+        """Register this process as a client with a pulse, so that its death is noticed; until `end_client`, which
+        must be called once for each call of this."""
         with self._lock:
-            if self._client is not None and self._client[0] == os.getpid():
-                return self._client[1]
-            identity = WorkerIdentity(f"client-{os.getpid()}@{socket.gethostname()}", "client", "client")
-            pulse = Pulse(self.tracker, identity)
-            pulse.register()
-            pulse.start()
-            self._client = (os.getpid(), identity, pulse)
-            atexit.register(self.end_client)
-            return identity
+            if self._client is None or self._client.pid != os.getpid():
+                identity = WorkerIdentity(f"client-{os.getpid()}@{socket.gethostname()}", "client", "client")
+                pulse = Pulse(self.tracker, identity)
+                pulse.register()
+                pulse.start()
+                self._client = _Client(os.getpid(), identity, pulse)
+                atexit.register(self._forget_client)
+            self._client.holders += 1
+            return self._client.identity
 
     def end_client(self) -> None:
-        """The client's process ends, or needs no pulse any more."""
+        """One holder less; with the last one the pulse ends."""
+        with self._lock:
+            if self._client is not None and self._client.pid == os.getpid():
+                self._client.holders -= 1
+                if self._client.holders <= 0:
+                    self._forget_client()
+
+    def _forget_client(self) -> None:
         with self._lock:
             client, self._client = self._client, None
-        if client is not None and client[0] == os.getpid():
-            client[2].stop()
-            atexit.unregister(self.end_client)
+        if client is not None and client.pid == os.getpid():
+            client.pulse.stop()
+            atexit.unregister(self._forget_client)
 
     @contextlib.contextmanager
     def client(self) -> Iterator[uuid.UUID]:
-        """A client's identity for the length of a block."""
-        held = self._client is not None and self._client[0] == os.getpid()
+        """A client's identity for the length of a block. Blocks may overlap, in threads too."""
         identity = self.begin_client()
         try:
             yield identity.id
         finally:
-            if not held:
-                self.end_client()
+            self.end_client()
 
     # -- detector --------------------------------------------------------------------------------
 
     @property
     def sweeper(self) -> Sweeper:
-        base = blackbox.choose_folder(self.settings.blackbox_dir)
+        if self._base is None:
+            self._base = (blackbox.choose_folder(self.settings.blackbox_dir),)
+        base = self._base[0]
         own = self._worker[0] if self._worker is not None else None
         name = own.name if own is not None else f"{os.getpid()}@{socket.gethostname()}"
         return Sweeper(self.tracker, name, base, own)
@@ -320,8 +345,7 @@ class BatchTrack:
 
     def sweep_if_overdue(self) -> Sweep | None:
         """A pass if nobody has swept for an interval: what makes beat optional."""
-        sweeper = self.sweeper
-        return sweeper.sweep() if sweeper.overdue() else None
+        return self.sweep() if self.store.sweep_overdue(self.settings.detect_every) else None
 
     def detect_forever(self, stop: threading.Event) -> None:
         """Sweep every `batchtrack_detect_every` seconds until `stop` is set."""

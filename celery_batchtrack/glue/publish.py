@@ -7,13 +7,14 @@ come from the row and its batch, never from the task that happens to run here.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from celery._state import pop_current_task, push_current_task
 from celery.app.task import Context
-from kombu.exceptions import EncodeError, OperationalError, SerializationError
+from kombu.exceptions import KombuError, OperationalError
 
 from celery_batchtrack.behaviour.tracker import Message, NotSent
 from celery_batchtrack.vocabulary.ids import HEADER
@@ -36,10 +37,13 @@ def _nobodys_context() -> Iterator[None]:
         pop_current_task()
 
 
-def options_for(message: Message) -> dict[str, Any]:
-    """Options of `send_task`: the stored ones, and what the row and the batch say."""
+def call_of(message: Message) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+    """(args, kwargs, options) of `send_task`: what is stored, and what the row and the batch say."""
     row, batch = message.row, message.batch
     signature = signatures.parsed(row.signature)
+    args, kwargs = list(signature.get("args") or ()), dict(signature.get("kwargs") or {})
+    if not signature.get("immutable"):
+        args = [*message.prefix, *args]
     options: dict[str, Any] = dict(signature.get("options") or {})
     captured = codec.loads(batch.headers) if batch.headers else {}
     options["headers"] = {**captured, **(options.get("headers") or {}), HEADER: message.ticket.as_header()}
@@ -56,19 +60,11 @@ def options_for(message: Message) -> dict[str, Any]:
         options["eta"] = row.not_before
     if row.expires_at is not None:
         options["expires"] = row.expires_at
-    return options
-
-
-def arguments_for(message: Message) -> tuple[list[Any], dict[str, Any]]:
-    signature = signatures.parsed(message.row.signature)
-    args, kwargs = list(signature.get("args") or ()), dict(signature.get("kwargs") or {})
-    if not signature.get("immutable"):
-        args = [*message.prefix, *args]
-    return args, kwargs
+    return args, kwargs, options
 
 
 #: What will not be sent at the next try either: the message itself is wrong.
-_HOPELESS = (EncodeError, SerializationError, TypeError, ValueError, LookupError)
+_HOPELESS = (KombuError, TypeError, ValueError, LookupError)
 
 
 class BrokerPublisher:
@@ -79,23 +75,36 @@ class BrokerPublisher:
 
     def publish(self, messages: Sequence[Message]) -> list[NotSent]:
         failed: list[NotSent] = []
+        left = deque(messages)
+        down = self._down()
         try:
             with _nobodys_context(), self.app.producer_or_acquire() as producer:
-                for at, message in enumerate(messages):
+                while left:
                     try:
-                        self._send(message, producer)
+                        self._send(left[0], producer)
+                    except down:
+                        raise
                     except _HOPELESS as error:
-                        failed.append(NotSent(message, _say(error), final=True))
-                    except Exception as error:  # noqa: BLE001 (the broker's library may raise anything)
-                        return failed + [NotSent(each, _say(error)) for each in messages[at:]]
-        except (OperationalError, OSError) as error:
-            return [NotSent(each, _say(error)) for each in messages]
+                        failed.append(NotSent(left[0], _say(error), final=True))
+                    except Exception as error:  # noqa: BLE001 (a broker may refuse one message for any reason)
+                        failed.append(NotSent(left[0], _say(error)))
+                    left.popleft()
+        except down as error:
+            failed += [NotSent(each, _say(error), down=True) for each in left]
         return failed
 
+    def _down(self) -> tuple[type[Exception], ...]:
+        """Errors that say that the broker, not the message, is the trouble."""
+        return (OperationalError, OSError, *self.app.connection_for_write().connection_errors)
+
     def _send(self, message: Message, producer: Any) -> None:
-        args, kwargs = arguments_for(message)
-        options = options_for(message)
-        self.app.send_task(message.row.task, args, kwargs, producer=producer, **options)
+        args, kwargs, options = call_of(message)
+        task = self.app._tasks.get(message.row.task)
+        if task is not None:  # before 5.7, send_task knows nothing of the task's own queue, priority, limits …
+            own = {name: value for name, value in task._get_exec_options().items() if value is not None}
+            own.pop("expires", None)  # counted from the creation: it is in the row
+            options = {"ignore_result": task.ignore_result, **own, **options}
+        self.app.send_task(message.row.task, args, kwargs, producer=producer, task_type=task, **options)
 
     def queue_length(self, queue: str | None, task: str) -> int | None:
         name = queue or signatures.route(self.app, task, (), {}, {})
@@ -104,19 +113,15 @@ class BrokerPublisher:
         try:
             with self.app.connection_for_write() as connection, connection.channel() as channel:
                 return int(channel.queue_declare(queue=name, passive=True).message_count)
-        except _channel_errors(self.app):
-            return 0  # no such queue: nothing is in it (Redis forgets an empty one)
-        except (OperationalError, OSError):
+        except self._down():
             return None
+        except tuple(self.app.connection_for_write().channel_errors):
+            return 0  # no such queue: nothing is in it (Redis forgets an empty one)
 
     def terminate(self, task_ids: Sequence[str]) -> None:
         """Broadcast a revoke with terminate. The workers' own reconciliation finds what it misses."""
         with contextlib.suppress(Exception):  # no remote control, or no broker: see above
             self.app.control.revoke(list(task_ids), terminate=True)
-
-
-def _channel_errors(app: Any) -> tuple[type[Exception], ...]:
-    return tuple(app.connection_for_write().channel_errors)
 
 
 def _say(error: BaseException) -> str:
@@ -136,12 +141,11 @@ class EagerPublisher:
         task = self.app.tasks.get(message.row.task)
         if task is None:
             return NotSent(message, f"NotRegistered: {message.row.task!r}", final=True)
-        args, kwargs = arguments_for(message)
-        options = options_for(message)
         wanted = ("headers", "task_id", "retries", "link", "link_error", "ignore_result", "queue", "priority")
         try:
+            args, kwargs, options = call_of(message)
             args, kwargs = codec.loads(codec.dumps([args, kwargs]))  # what a broker would do to them
-        except EncodeError as error:
+        except (TypeError, ValueError, LookupError) as error:
             return NotSent(message, _say(error), final=True)
         with _nobodys_context():
             task.apply(args, kwargs, throw=False, **{key: options[key] for key in wanted if key in options})

@@ -44,10 +44,10 @@ class TrackedRequest:
             _died(self, Cause.TIME_LIMIT, message=f"hard time limit of {timeout} s exceeded")
         super().on_timeout(soft, timeout)  # type: ignore[misc]
 
-    def cancel(self: Any, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+    def cancel(self: Any, pool: Any, *args: Any, **kwargs: Any) -> None:
         if self.time_start:
             _died(self, Cause.WORKER_LOST, message="cancelled by Celery: its worker shut down cold or lost its broker")
-        super().cancel(pool, signal=signal, emit_retry=emit_retry)  # type: ignore[misc]
+        super().cancel(pool, *args, **kwargs)  # type: ignore[misc]
 
     def on_failure(self: Any, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         if not return_ok:

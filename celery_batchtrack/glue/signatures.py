@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -23,7 +22,7 @@ from . import codec, declare
 #: Options of a signature that describe one sending, not the task: they live in columns of the row.
 _OWN_COLUMNS = ("task_id", "countdown", "eta", "expires", "group_id", "group_index", "chord", "chain", "reply_to")
 #: Options that cannot be kept in a row.
-_NOT_KEPT = ("producer", "publisher", "connection", "router", "result_cls", "add_to_parent", "retry_policy_callback")
+_NOT_KEPT = ("producer", "publisher", "connection", "router", "result_cls", "add_to_parent")
 
 
 def plain_signature(app: Any, value: Any, role: str) -> Signature:
@@ -95,26 +94,25 @@ def _plain_option(value: Any) -> Any:
     return value.name if isinstance(value, Queue) else value
 
 
-def new_child(app: Any, value: Any, overrides: Mapping[str, Any], headers: Mapping[str, Any], role: str) -> NewChild:
-    """A header child's row. `overrides` are options of the whole batch, as Celery's chord passes them on;
-    `headers` those that differ from the batch's."""
+def new_child(app: Any, value: Any, overrides: Mapping[str, Any], role: str) -> NewChild:
+    """A header child's row. `overrides` are options of the whole batch, as Celery's chord passes them on."""
     signature = plain_signature(app, value, role)
     options = {**(signature.get("options") or {}), **overrides}
-    if headers:
-        options["headers"] = {**(options.get("headers") or {}), **headers}
     args, kwargs = tuple(signature.get("args") or ()), dict(signature.get("kwargs") or {})
     task = app.tasks.get(signature["task"])
     args, kwargs = _checked(task, args, kwargs)
     items, count = declare.items_of(task, args, kwargs) if task is not None else ((), 1)
     countdown, eta = _moment(options.get("countdown"), options.get("eta"), "eta")
     expires_in, expires_at = _moment(None, options.get("expires", getattr(task, "expires", None)), "expires")
+    task_id, queue = str(options.get("task_id") or new_task_id()), route(app, signature["task"], args, kwargs, options)
+    _check_lengths(signature["task"], task_id, queue)
     return NewChild(
         task=signature["task"],
-        task_id=str(options.get("task_id") or new_task_id()),
+        task_id=task_id,
         signature=stored({**signature, "args": args, "kwargs": kwargs, "options": options}),
         items=items,
         item_count=count,
-        queue=route(app, signature["task"], args, kwargs, options),
+        queue=queue,
         countdown=countdown,
         eta=eta,
         expires_in=expires_in,
@@ -162,15 +160,31 @@ def callback_entry(app: Any, value: Any, kind: Kind, errback_of: str | None = No
     """What a batch keeps of one callback, in its `callbacks` JSON."""
     signature = plain_signature(app, value, kind.value)
     options = signature.get("options") or {}
+    countdown, eta = _moment(options.get("countdown"), options.get("eta"), "eta")
+    task = app.tasks.get(signature["task"])
+    expires_in, expires_at = _moment(None, options.get("expires", getattr(task, "expires", None)), "expires")
     entry = {
         "task": signature["task"],
         "task_id": str(options.get("task_id") or new_task_id()),
         "signature": stored(signature),
         "queue": route(app, signature["task"], (), {}, options),
+        "countdown": countdown,
+        "eta": eta.isoformat() if eta else None,
+        "expires_in": expires_in,
+        "expires_at": expires_at.isoformat() if expires_at else None,
+        "errback": errback_of,
+        "immutable": bool(signature.get("immutable")) or None,
     }
-    if errback_of is not None:
-        entry["errback"] = errback_of
-    return entry
+    _check_lengths(entry["task"], entry["task_id"], entry["queue"])
+    return {name: value for name, value in entry.items() if value is not None}
+
+
+def _check_lengths(*names: str | None) -> None:
+    for name in names:
+        if name is not None and len(name) > 255:
+            raise errors.InvalidOption(
+                f"a task's name, id and queue have at most 255 characters, not {len(name)}: {name:.60}…"
+            )
 
 
 def callbacks_json(callbacks: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -181,7 +195,3 @@ def parsed(text: str | None) -> dict[str, Any]:
     """A row's signature: {"args", "kwargs", "options"?, "immutable"?}."""
     value = codec.loads(text) if text else {}
     return value if isinstance(value, dict) else {}
-
-
-def batch_uuid(value: Any) -> uuid.UUID:
-    return value if isinstance(value, uuid.UUID) else uuid.UUID(str(value))

@@ -12,6 +12,7 @@ import pickle
 import threading
 import traceback
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 from celery.app.task import Context, Task
@@ -163,7 +164,8 @@ def _note_attempt(request: Any, run: Run) -> None:
 
 def _bound(task: Any, ticket: Ticket, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """New-style Celery errbacks take (request, exception, traceback), which no message can carry."""
-    if ticket.errback is None or not arity_greater(task.__header__, 1):
+    header = getattr(task, "__header__", None)  # class-based tasks have none; a bound task's is a partial
+    if ticket.errback is None or header is None or isinstance(header, partial) or not arity_greater(header, 1):
         return args, kwargs
     body_id, text = ticket.errback
     request = Context(id=body_id, errbacks=None, callbacks=None)
@@ -189,6 +191,8 @@ def _ended_badly(task: Any, runner: Runner, run: Run, error: BaseException) -> N
     elif isinstance(error, errors.NotSerialisable):
         cause = Cause.UNSERIALISABLE
     runner.settle(run, _unhappy(runner, run, Status.FAILED, cause, error))
+    if task.request.is_eager and isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error  # this is the caller's own process
     tamed = _tame(error)
     if tamed is error:
         raise error
@@ -219,7 +223,8 @@ def _retry(task: Any, error: Retry) -> Release:
         or dict(error.sig.kwargs or {}) != dict(request.kwargs or {})
     ):
         with contextlib.suppress(errors.NotSerialisable):
-            changed = signatures.stored(error.sig)
+            # Immutable: its arguments are whole, what a callback was given first included.
+            changed = signatures.stored({**error.sig, "immutable": True})
     evidence = Evidence(Cause.RETRY, message=str(error.exc or error.message or "retry"))
     return Release(
         countdown=seconds, eta=when if seconds is None else None, retries=request.retries + 1,

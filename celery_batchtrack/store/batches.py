@@ -26,8 +26,7 @@ from celery_batchtrack.vocabulary.states import (
 
 from . import callbacks
 from .callbacks import DueCallbacks
-from .children import moment
-from .clock import now
+from .clock import moment, now
 from .engine import Connected
 from .rows import BATCH_COLUMNS, batch_row
 from .schema import batch, child, tally, worker

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from celery_batchtrack.vocabulary.states import Kind, Status
 
-from .clock import now
+from .clock import moment, now
 from .schema import batch, child
 
 
@@ -77,7 +78,8 @@ def insert(connection: sa.Connection, due: DueCallbacks, kinds: tuple[Kind, ...]
     connection.execute(
         sa.update(batch).where(batch.c.id == due.batch_id).values(next_position=due.next_position + len(rows))
     )
-    connection.execute(sa.insert(child).values(created_at=now()), rows)
+    for row in rows:
+        connection.execute(sa.insert(child).values(created_at=now(), **row))
     return len(rows)
 
 
@@ -94,4 +96,10 @@ def _row(due: DueCallbacks, kind: Kind, ordinal: int, callback: dict[str, Any]) 
         "signature": callback["signature"],
         "queue": callback.get("queue"),
         "item_count": 0,
+        "not_before": moment(callback.get("countdown"), _parsed(callback.get("eta"))),
+        "expires_at": moment(callback.get("expires_in"), _parsed(callback.get("expires_at"))),
     }
+
+
+def _parsed(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -31,7 +30,7 @@ from celery_batchtrack.vocabulary.states import (
 )
 
 from . import callbacks, hot
-from .clock import Moment, later, now
+from .clock import Moment, later, moment, now
 from .engine import Connected
 from .rows import CHILD_COLUMNS, child_row
 from .schema import batch, child, incident
@@ -40,13 +39,6 @@ from .transitions import MOVED, change, move
 
 def at(key: ChildKey) -> sa.ColumnElement[bool]:
     return sa.and_(child.c.batch_id == key.batch_id, child.c.position == key.position)
-
-
-def moment(seconds: float | None, absolute: datetime | None) -> Any:
-    """SQL for a time given as seconds from now, or as it stands; None for neither."""
-    if seconds is not None:
-        return later(float(seconds))
-    return absolute
 
 
 class ChildWrites(Connected):
@@ -88,7 +80,7 @@ class ChildWrites(Connected):
         with self.read() as connection:
             found = connection.execute(query).one_or_none()
         if found is None:
-            return Refused("its row is gone", gone=True)
+            return Refused("its row is gone")
         row = child_row(found[: len(CHILD_COLUMNS)])
         if row.run_token == token and row.status == Status.RUNNING:
             return Claimed(key, row.attempt, token, row.kind)  # the commit was ours, its answer was lost
@@ -145,7 +137,7 @@ class ChildWrites(Connected):
             if row is None:
                 return Settled(False)  # the application deleted the batch: nothing is left to write to
             if row.run_token == token and row.status == ending.status:
-                return Settled(True, look=True)
+                return Settled(True, look=True, callbacks=True)  # what the lost answer may have said
             if self._may_overturn(connection, row, token, ending):
                 return self._overturn(connection, row, token, ending)
             evidence = ending.evidence or Evidence(ending.cause or Cause.LATE_WRITE)
@@ -363,4 +355,4 @@ def _text(value: str | None, limit: int = 20_000) -> str | None:
     return value if len(value) <= limit else value[: limit // 2] + "\n… cut …\n" + value[-limit // 2 :]
 
 
-__all__ = ["ChildWrites", "SlotTaken", "at", "moment", "record"]
+__all__ = ["ChildWrites", "SlotTaken", "at", "record"]

@@ -112,3 +112,8 @@ class Identifier(sa.TypeDecorator[Any]):
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Any:
         return value if value is None or isinstance(value, uuid.UUID) else uuid.UUID(str(value))
+
+
+def moment(seconds: float | None, absolute: datetime | None) -> Any:
+    """SQL for a time given as seconds from now, or as it stands; None for neither."""
+    return absolute if seconds is None else later(float(seconds))

@@ -9,12 +9,14 @@ import sqlalchemy as sa
 
 from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Outgoing
-from celery_batchtrack.vocabulary.states import BatchStatus, Kind, Status
+from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, BatchStatus, Kind, Status
 
 from .clock import age, later, now
 from .engine import Connected
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
 from .schema import batch, child
+
+_CALLBACKS = [each.value for each in CALLBACK_KINDS]
 
 
 def _publishable() -> sa.ColumnElement[bool]:
@@ -34,12 +36,31 @@ def _publishable() -> sa.ColumnElement[bool]:
 class Dispatching(Connected):
     """Takes rows for publishing. A taken row is stamped first and published after the commit."""
 
+    def undispatched(self) -> list[uuid.UUID]:
+        """Batches with rows that were never published for their attempt and may be now."""
+        never = sa.and_(child.c.status == Status.PENDING.value, child.c.dispatched_at.is_(None))
+        waiting = sa.exists().where(child.c.kind == Kind.CHILD.value, child.c.batch_id == batch.c.id, never)
+        alive = sa.select(batch.c.id).where(
+            sa.or_(
+                batch.c.status == BatchStatus.RUNNING.value,
+                sa.and_(batch.c.status == BatchStatus.OPEN.value, batch.c.start_now),
+            ),
+            batch.c.paused_at.is_(None),
+            waiting,
+        )
+        called = sa.select(child.c.batch_id).where(child.c.kind.in_(_CALLBACKS), never)
+        with self.read() as connection:
+            found = {*connection.execute(alive).scalars(), *connection.execute(called).scalars()}
+        return sorted(found)
+
     def take_undispatched(self, batch_id: uuid.UUID | None, limit: int) -> list[Outgoing]:
-        """Up to `limit` rows that were never published for their attempt, of one batch or of any."""
-        wanted: list[sa.ColumnElement[bool]] = [child.c.dispatched_at.is_(None)]
+        """Up to `limit` rows that were never published for their attempt, of one batch or of all."""
         if batch_id is not None:
-            wanted.append(child.c.batch_id == batch_id)
-        return self._take(sa.and_(*wanted), limit)
+            return self._take(batch_id, child.c.dispatched_at.is_(None), limit)
+        taken: list[Outgoing] = []
+        for each in self.undispatched():
+            taken += self._take(each, child.c.dispatched_at.is_(None), limit - len(taken))
+        return taken
 
     def overdue_queues(self, after: float) -> list[tuple[str | None, str]]:
         """Where pending rows wait whose last publish is older than `after` seconds: (queue, ""), or (None, task)
@@ -86,41 +107,26 @@ class Dispatching(Connected):
         """Take these rows for another publish, if nobody else has published them meanwhile."""
         taken: list[Outgoing] = []
         for batch_id, positions in _by_batch(keys).items():
-            wanted = sa.and_(
-                child.c.batch_id == batch_id, child.c.position.in_(positions),
-                child.c.dispatched_at <= later(-after),
-            )  # fmt: skip
-            taken += self._take(wanted, len(positions))
+            wanted = sa.and_(child.c.position.in_(positions), child.c.dispatched_at <= later(-after))
+            taken += self._take(batch_id, wanted, len(positions))
         return taken
 
-    def _take(self, wanted: sa.ColumnElement[bool], limit: int) -> list[Outgoing]:
-        # MATERIALIZED: inlined, LIMIT with SKIP LOCKED may be evaluated again for every row.
-        due = (
-            sa.select(child.c.batch_id, child.c.position)
-            .join(batch, batch.c.id == child.c.batch_id)
-            .where(wanted, _publishable())
-            .order_by(child.c.batch_id, child.c.position)
-            .limit(limit)
-            .with_for_update(skip_locked=True, of=child)
-            .cte("due")
-            .prefix_with("MATERIALIZED", dialect="postgresql")
-        )
-        statement = (
-            sa.update(child)
-            .where(child.c.batch_id == due.c.batch_id, child.c.position == due.c.position)
-            .values(dispatched_at=now(), dispatches=child.c.dispatches + 1)
-            .returning(*CHILD_COLUMNS)
-        )
-        with self.write() as connection:
-            rows = sorted((child_row(row) for row in connection.execute(statement)), key=lambda row: row.key)
-            batches = self._batches(connection, {row.batch_id for row in rows})
-        return [Outgoing(row, batches[row.batch_id]) for row in rows]
+    def _take(self, batch_id: uuid.UUID, wanted: sa.ColumnElement[bool], limit: int) -> list[Outgoing]:
+        """Stamp rows of one batch: callbacks of its round first, then children, if it lets them run.
 
-    def _batches(self, connection: sa.Connection, ids: set[uuid.UUID]) -> dict[uuid.UUID, BatchRow]:
-        if not ids:
-            return {}
-        rows = connection.execute(sa.select(*BATCH_COLUMNS).where(batch.c.id.in_(ids)))
-        return {row[0]: batch_row(row) for row in rows}
+        The batch is read first and not joined: joined, every chunk would sort all that is left.
+        """
+        with self.write() as connection:
+            found = connection.execute(sa.select(*BATCH_COLUMNS).where(batch.c.id == batch_id)).one_or_none()
+            if found is None or limit <= 0:
+                return []
+            owner = batch_row(found)
+            called = sa.and_(child.c.kind.in_(_CALLBACKS), child.c.round == owner.round)
+            rows = _stamp(connection, batch_id, sa.and_(wanted, called), limit)
+            if _lets_children_run(owner) and len(rows) < limit:
+                header = sa.and_(wanted, child.c.kind == Kind.CHILD.value)
+                rows += _stamp(connection, batch_id, header, limit - len(rows))
+        return [Outgoing(row, owner) for row in rows]
 
     def give_back(self, rows: Iterable[ChildRow]) -> None:
         """Publishing failed after the stamp: due again at the next look."""
@@ -134,6 +140,36 @@ class Dispatching(Connected):
                     )
                     .values(dispatched_at=None)
                 )  # fmt: skip
+
+
+def _lets_children_run(row: BatchRow) -> bool:
+    alive = row.status == BatchStatus.RUNNING or (row.status == BatchStatus.OPEN and row.start_now)
+    return alive and row.paused_at is None
+
+
+def _stamp(
+    connection: sa.Connection, batch_id: uuid.UUID, wanted: sa.ColumnElement[bool], limit: int
+) -> list[ChildRow]:
+    # MATERIALIZED: inlined, LIMIT with SKIP LOCKED may be evaluated again for every row.
+    due = (
+        sa.select(child.c.position)
+        .where(
+            child.c.batch_id == batch_id, child.c.status == Status.PENDING.value,
+            child.c.waits_on_batch.is_(None), wanted,
+        )
+        .order_by(child.c.position)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .cte("due")
+        .prefix_with("MATERIALIZED", dialect="postgresql")
+    )  # fmt: skip
+    statement = (
+        sa.update(child)
+        .where(child.c.batch_id == batch_id, child.c.position == due.c.position)
+        .values(dispatched_at=now(), dispatches=child.c.dispatches + 1)
+        .returning(*CHILD_COLUMNS)
+    )
+    return sorted((child_row(row) for row in connection.execute(statement)), key=lambda row: row.position)
 
 
 def _by_batch(keys: Iterable[ChildKey]) -> dict[uuid.UUID, list[int]]:

@@ -174,7 +174,14 @@ child = sa.Table(
     # One slot of one worker runs at most one child.
     sa.Index("batchtrack_child_slot", "worker_id", "slot", unique=True, **_where("status = 'running'")),
     sa.Index("batchtrack_child_open", "batch_id", "status", **_where(_OPEN)),
-    sa.Index("batchtrack_child_due", "dispatched_at", **_where("status = 'pending'")),
+    # What was never published for its attempt, and what was and still waits.
+    sa.Index(
+        "batchtrack_child_undispatched", "kind", "batch_id", "position",
+        **_where("status = 'pending' AND dispatched_at IS NULL"),
+    ),
+    sa.Index(
+        "batchtrack_child_dispatched", "dispatched_at", **_where("status = 'pending' AND dispatched_at IS NOT NULL")
+    ),
 )  # fmt: skip
 
 tally = sa.Table(

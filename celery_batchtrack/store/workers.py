@@ -7,7 +7,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from celery_batchtrack.vocabulary.records import ChildRow, HostIdentity, NewWorker, WorkerRow
+from celery_batchtrack.vocabulary.records import ChildRow, NewWorker, WorkerRow
 from celery_batchtrack.vocabulary.states import Detector, Status
 
 from .clock import age, later, now
@@ -65,6 +65,12 @@ class WorkerWrites(Connected):
         with self.read() as connection:
             return [worker_row(row) for row in connection.execute(query)]
 
+    def knows_worker(self, worker_id: uuid.UUID) -> bool:
+        """Whether the worker is this database's."""
+        with self.read() as connection:
+            found = connection.execute(sa.select(worker.c.id).where(worker.c.id == worker_id)).one_or_none()
+        return found is not None
+
     def lose(self, worker_id: uuid.UUID, by: Detector, beat: int | None = None) -> bool:
         """Mark a worker as lost; with `beat`, only if it has not beaten since."""
         guard = [worker.c.id == worker_id, worker.c.lost_at.is_(None), worker.c.stopped_at.is_(None)]
@@ -120,17 +126,6 @@ class WorkerWrites(Connected):
         split = len(CHILD_COLUMNS)
         with self.read() as connection:
             return [(child_row(row[:split]), worker_row(row[split:])) for row in connection.execute(query)]
-
-    def workers_of(self, host: HostIdentity) -> list[WorkerRow]:
-        """Live workers whose pids mean something here: same host, same boot, same pid namespace."""
-        if host.boot_id is None or host.pid_namespace is None:
-            return []
-        query = sa.select(*WORKER_COLUMNS).where(
-            _ALIVE, worker.c.hostname == host.hostname, worker.c.boot_id == host.boot_id,
-            worker.c.pid_namespace == host.pid_namespace,
-        )  # fmt: skip
-        with self.read() as connection:
-            return [worker_row(row) for row in connection.execute(query)]
 
     # -- the sweep's own row ---------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from .ids import ChildKey
-from .states import BATCH_ENDED, Cause, Detector, Kind, Status, Verdict
+from .states import BATCH_ENDED, Cause, Detector, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,6 @@ class Refused:
     """A lost claim, with the reason in words. `expired` means the row may be withdrawn."""
 
     reason: str
-    gone: bool = False
     expired: bool = False
     wait: bool = False  # not lost: the worker is not registered (yet)
 
@@ -349,15 +348,6 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
-    """A running row whose owner is gone, as a detector found it."""
-
-    child: ChildRow
-    verdict: Verdict
-    evidence: Evidence
-
-
-@dataclass(frozen=True, slots=True)
 class CancelledRun:
     """A run that a cancel took its row from; its process may be terminated."""
 
@@ -387,10 +377,6 @@ class Violation:
     check: str
     violations: int
     examples: Sequence[str] = field(default=())
-
-
-def is_callback(kind: str) -> bool:
-    return kind != Kind.CHILD
 
 
 def isoformat(moment: datetime | None) -> str | None:

@@ -119,10 +119,6 @@ class Transition:
     target: Status
 
     @property
-    def opens(self) -> bool:
-        return self.target in OPEN
-
-    @property
     def settles(self) -> bool:
         return self.target not in OPEN
 

@@ -33,12 +33,15 @@ class Outbox:
 
     sent: list[Message] = field(default_factory=list)
     refuse: dict[int, bool] = field(default_factory=dict)  # position → final
+    down: bool = False
     lengths: dict[str | None, int | None] = field(default_factory=dict)
     default_length: int | None = 0
     asked: list[tuple[str | None, str]] = field(default_factory=list)
     terminated: list[str] = field(default_factory=list)
 
     def publish(self, messages: Sequence[Message]) -> list[NotSent]:
+        if self.down:
+            return [NotSent(each, "connection refused", down=True) for each in messages]
         refused = [each for each in messages if each.row.position in self.refuse]
         self.sent += [each for each in messages if each not in refused]
         return [NotSent(each, "broker says no", self.refuse[each.row.position]) for each in refused]

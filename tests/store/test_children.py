@@ -128,7 +128,7 @@ def test_a_worker_that_the_database_does_not_know_alive_waits(scene: Scene, who:
 
 
 def test_a_claim_of_a_row_that_is_gone_says_so(scene: Scene) -> None:
-    assert refused(scene.claim(ChildKey(uuid7(), 0), attempt=0)).gone
+    assert refused(scene.claim(ChildKey(uuid7(), 0), attempt=0)).reason == "its row is gone"
 
 
 def test_a_new_claim_forgets_how_sure_the_last_death_was(scene: Scene) -> None:

@@ -9,9 +9,9 @@ import sqlalchemy as sa
 
 from celery_batchtrack.store import schema
 from celery_batchtrack.store.clock import later
-from celery_batchtrack.vocabulary.records import HostIdentity, WorkerRow
+from celery_batchtrack.vocabulary.records import WorkerRow
 from celery_batchtrack.vocabulary.states import Detector
-from tests.store.kit import ELSEWHERE, HERE, Scene
+from tests.store.kit import HERE, Scene
 
 
 def _row(scene: Scene, worker_id: uuid.UUID) -> WorkerRow:
@@ -178,14 +178,6 @@ def test_orphans_are_running_rows_of_workers_that_stopped_or_were_lost(scene: Sc
     scene.store.stop(stopped)
     found = {(row.position, worker.id) for row, worker in scene.store.orphans()}
     assert found == {(1, lost), (2, stopped)}
-
-
-def test_workers_of_a_host_share_boot_and_namespace_or_are_not_told(scene: Scene) -> None:
-    other = scene.worker(ELSEWHERE)
-    assert [each.id for each in scene.store.workers_of(HERE)] == [scene.worker_id]
-    assert [each.id for each in scene.store.workers_of(ELSEWHERE)] == [other]
-    assert scene.store.workers_of(HostIdentity("here", "boot-9", "pid:[1]")) == []
-    assert scene.store.workers_of(HostIdentity("here", None, None)) == []
 
 
 # -- the sweep's own row ---------------------------------------------------------------------------

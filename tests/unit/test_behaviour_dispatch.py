@@ -44,14 +44,39 @@ def test_everything_due_is_published_in_chunks_and_once(scene: Scene, tracker: T
     assert (message.ticket.key, message.ticket.attempt, message.ticket.kind) == (ChildKey(batch_id, 0), 0, "child")
 
 
-def test_a_broker_that_refuses_leaves_the_rows_due(scene: Scene, tracker: Told) -> None:
+def test_a_broker_that_refuses_one_message_gets_the_others_and_the_row_stays_due(
+    scene: Scene, tracker: Told
+) -> None:
     batch_id = scene.batch(5)
     tracker.outbox.refuse = {1: False}
-    assert dispatch.pump(tracker, batch_id) == 1
+    assert dispatch.pump(tracker, batch_id) == 4
     assert [event.key.position for event in tracker.of(events.PublishFailed)] == [1]
     tracker.outbox.refuse = {}
-    assert dispatch.pump(tracker, batch_id) == 4
+    assert dispatch.pump(tracker, batch_id) == 1
     assert sorted(key.position for key in tracker.outbox.published()) == [0, 1, 2, 3, 4]
+
+
+def test_a_broker_that_is_down_is_asked_once_and_all_rows_stay_due(scene: Scene, tracker: Told) -> None:
+    batches = [scene.batch(5), scene.batch(5)]
+    tracker.outbox.down = True
+    assert dispatch.pump(tracker) == 0
+    assert len(tracker.of(events.PublishFailed)) == 2, "one chunk of one batch"
+    tracker.outbox.down = False
+    assert dispatch.pump(tracker) == 10
+    assert {key.batch_id for key in tracker.outbox.published()} == set(batches)
+
+
+def test_a_callback_whose_arguments_cannot_be_read_back_fails_and_holds_nobody_up(
+    scene: Scene, tracker: Told
+) -> None:
+    poisoned = scene.batch(1, calls=("on_success",))
+    scene.complete(scene.run(poisoned), result="no JSON at all")
+    scene.store.finish(poisoned)
+    other = scene.batch(1)
+    assert dispatch.pump(tracker) == 1
+    assert [key.batch_id for key in tracker.outbox.published()] == [other]
+    [callback] = scene.store.callback_rows(poisoned)
+    assert (callback.status, callback.cause) == ("failed", "not_sent")
 
 
 @pytest.mark.parametrize("calls", [(), ("on_first_failure",)])

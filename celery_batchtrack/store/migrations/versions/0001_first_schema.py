@@ -132,7 +132,8 @@ def upgrade() -> None:
     sa.PrimaryKeyConstraint('batch_id', 'position', name=op.f('pk_batchtrack_child'))
     )
     op.create_index('batchtrack_child_callback', 'batchtrack_child', ['batch_id', 'round', 'kind', 'ordinal'], unique=True, postgresql_where=sa.text("kind <> 'child'"), sqlite_where=sa.text("kind <> 'child'"))
-    op.create_index('batchtrack_child_due', 'batchtrack_child', ['dispatched_at'], unique=False, postgresql_where=sa.text("status = 'pending'"), sqlite_where=sa.text("status = 'pending'"))
+    op.create_index('batchtrack_child_undispatched', 'batchtrack_child', ['kind', 'batch_id', 'position'], unique=False, postgresql_where=sa.text("status = 'pending' AND dispatched_at IS NULL"), sqlite_where=sa.text("status = 'pending' AND dispatched_at IS NULL"))
+    op.create_index('batchtrack_child_dispatched', 'batchtrack_child', ['dispatched_at'], unique=False, postgresql_where=sa.text("status = 'pending' AND dispatched_at IS NOT NULL"), sqlite_where=sa.text("status = 'pending' AND dispatched_at IS NOT NULL"))
     op.create_index('batchtrack_child_open', 'batchtrack_child', ['batch_id', 'status'], unique=False, postgresql_where=sa.text("status IN ('pending', 'running')"), sqlite_where=sa.text("status IN ('pending', 'running')"))
     op.create_index('batchtrack_child_slot', 'batchtrack_child', ['worker_id', 'slot'], unique=True, postgresql_where=sa.text("status = 'running'"), sqlite_where=sa.text("status = 'running'"))
     op.create_table('batchtrack_tally',
