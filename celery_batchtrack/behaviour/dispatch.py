@@ -106,8 +106,10 @@ def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> list[NotSent]:
     except BaseException:
         tracker.store.give_back([each.child for each in taken])
         raise
+    _report_failures(tracker, failures)
     for failure in failures:
-        _report_failure(tracker, failure)
+        if failure.final:
+            _settle_unsent(tracker, failure)
     return failures
 
 
@@ -124,14 +126,20 @@ def _messages(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[Message
     return messages, failures
 
 
-def _report_failure(tracker: Tracker, failure: NotSent) -> None:
+def _report_failures(tracker: Tracker, failures: Sequence[NotSent]) -> None:
+    """Once per reason: a broker that is down concerns every child of a chunk."""
+    counts = Counter(each.error for each in failures)
+    for failure in failures:
+        if failure.error in counts:
+            tracker.emit(events.PublishFailed(failure.message.row.key, failure.error, counts.pop(failure.error)))
+
+
+def _settle_unsent(tracker: Tracker, failure: NotSent) -> None:
     row = failure.message.row
-    tracker.emit(events.PublishFailed(row.key, failure.error))
-    if failure.final:
-        evidence = Evidence(Cause.NOT_SENT, phase="before_claim", message=failure.error)
-        settled = tracker.store.settle_unstarted(row.key, row.attempt, Status.FAILED, evidence)
-        if settled.look:
-            ending.conclude(tracker, row.batch_id)
+    evidence = Evidence(Cause.NOT_SENT, phase="before_claim", message=failure.error)
+    settled = tracker.store.settle_unstarted(row.key, row.attempt, Status.FAILED, evidence)
+    if settled.look:
+        ending.conclude(tracker, row.batch_id)
 
 
 def _message(tracker: Tracker, out: Outgoing) -> Message:

@@ -37,8 +37,9 @@ class Unhappy:
     def __str__(self) -> str:
         who = ", ".join(self.items[:5]) + (", …" if len(self.items) > 5 else "")
         how = self.signal or self.cause or self.status
-        where = f" on {self.hostname} pid {self.pid}" if self.pid else ""
-        return f"#{self.position} {who or self.task} {how}{where}"
+        where = f" on {self.hostname} pid {self.pid}" if self.pid and self.status == Status.CRASHED else ""
+        said = f": {self.message:.200}" if self.message and self.status == Status.FAILED else ""
+        return f"#{self.position} {who or self.task} {how}{where}{said}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +81,18 @@ class Report:
 
     def __str__(self) -> str:
         counts = self.progress
+        by_items = counts.items_total != counts.total
+        prefix, noun = ("items_", "items") if by_items else ("", "children")
         parts = [
-            f"{getattr(counts, f'items_{name}')} {name}"
+            f"{getattr(counts, prefix + name)} {name}"
             for name in ("completed", "failed", "crashed", "cancelled")
-            if getattr(counts, f"items_{name}")
+            if getattr(counts, prefix + name)
         ]
-        left = counts.items_total - counts.items_settled
+        left = counts.items_total - counts.items_settled if by_items else counts.pending + counts.running
         if left:
             parts.append(f"{left} open")
-        text = f"{counts.name}: {counts.status}, {counts.items_total} items: {', '.join(parts) or 'none'}"
+        total = counts.items_total if by_items else counts.total
+        text = f"{counts.name}: {counts.status}, {total} {noun}{': ' if parts else ''}{', '.join(parts)}"
         named = "; ".join(str(each) for each in self.unhappy[:10])
         more = len(self.unhappy) - 10 + self.omitted
         return text + (f" ({named}{f'; and {more} more' if more > 0 else ''})" if named else "")

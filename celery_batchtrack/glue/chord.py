@@ -105,6 +105,9 @@ class ChordResult(AsyncResult):  # type: ignore[misc]
             result = errors.BatchFailed(str(self.batch.report()))
         return {"status": state, "result": result, "traceback": None, "children": [], "task_id": self.id}
 
+    def forget(self) -> None:
+        """Nothing to forget: the row stays until its batch is pruned."""
+
     def ready(self) -> bool:
         return self.state in ("SUCCESS", "FAILURE")
 
@@ -133,6 +136,8 @@ class chord(Signature):  # type: ignore[misc]
         self, header: Any, body: Any = None, *, app: Any = None, batch: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         super().__init__("celery_batchtrack.chord", app=app, **options)
+        if batch is not None and not isinstance(batch, Mapping):
+            raise errors.InvalidOption(f"batch= takes a mapping of options, not {batch!r:.100}")
         given = dict(batch or {})
         if "on_success" in given:
             raise errors.InvalidOption("a chord's on_success is its body: leave it out of batch={…}, or use Batch(…)")
@@ -184,14 +189,33 @@ class chord(Signature):  # type: ignore[misc]
         parent = app.GroupResult(str(batch.id), children)
         return ChordResult(body_id, batch, app=app, parent=parent)
 
+    def link(self, callback: Any) -> Any:
+        """A callback of the body, as with Celery's chord."""
+        self.append_to_list_option("link", callback)
+        return callback
+
+    def link_error(self, errback: Any) -> Any:
+        """An errback of the chord: for a header that failed, and for a body that did."""
+        self.append_to_list_option("link_error", errback)
+        return errback
+
+    def on_error(self, errback: Any) -> chord:
+        self.link_error(errback)
+        return self
+
+    def set(self, immutable: Any = None, **options: Any) -> chord:
+        """Options of the header's tasks (`task_id`: of the body)."""
+        self["options"] = {**(self.get("options") or {}), **options}
+        return self
+
     def _unsupported(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise errors.UnsupportedCanvas(
-            "this version of celery-batchtrack starts a chord by chord(header)(body); inside other canvas (chains, "
-            "groups, other chords) use Celery's own chord"
+            "this version of celery-batchtrack starts a chord by chord(header)(body) or apply_async(); it cannot be "
+            "copied, frozen, stamped or put into other canvas (chains, groups, other chords): use Celery's own there"
         )
 
     clone = freeze = __or__ = __ror__ = __deepcopy__ = __copy__ = __reduce__ = __json__ = _unsupported
-    link = link_error = stamp = apply = set = set_immutable = replace = _unsupported
+    stamp = apply = set_immutable = replace = _unsupported
 
     def __repr__(self) -> str:
         return f"<celery_batchtrack.chord {self.body!r}>"

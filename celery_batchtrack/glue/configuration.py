@@ -72,7 +72,7 @@ def _refuse_unknown(keys: Iterable[str], namespace: str) -> None:
         plain = _normalised(key, namespace)
         for extra in ("celery_",):  # CELERY_BATCHTRACK_… where no namespace was declared
             plain = plain.removeprefix(extra) if plain.startswith(extra + PREFIX) else plain
-        if plain.startswith(PREFIX) and plain not in known and plain not in _NO_SETTINGS:
+        if plain.replace("_", "").startswith("batchtrack") and plain not in known and plain not in _NO_SETTINGS:
             as_written = [_spelling(namespace, name) for name in Settings.names()]
             close = difflib.get_close_matches(plain, known, n=1)
             hint = f": did you mean {as_written[known.index(close[0])]!r}?" if close else ""
@@ -97,6 +97,14 @@ def _look_up(conf: Any, keys: list[str], namespace: str, name: str, *, warn: boo
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    names = [name.upper() for name in Settings.names()]
+    for key in environment:
+        name = key.removeprefix(PREFIX.upper())
+        # Others may have variables of that prefix for purposes of their own: only what is nearly a setting.
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.75) if name != key else []
+        if close and name not in names:
+            meant = PREFIX.upper() + close[0]
+            raise errors.ImproperlyConfigured(f"{key} in the environment is not a setting: did you mean {meant!r}?")
     found: dict[str, str] = {}
     for name in Settings.names():
         value = environment.get((PREFIX + name).upper())

@@ -177,10 +177,19 @@ def items_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
 
 
 def _items(task: Any, declared: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    found = declared(*args, **kwargs) if callable(declared) else _argument(task, declared, args, kwargs)
+    found = _called(task, declared, args, kwargs) if callable(declared) else _argument(task, declared, args, kwargs)
     if isinstance(found, (str, bytes)) or not hasattr(found, "__iter__"):
         return [found]  # one item
     return list(found)
+
+
+def _called(task: Any, declared: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return declared(*args, **kwargs)
+    except Exception as error:
+        raise errors.InvalidOption(
+            f"{task.name}: its items= callable failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _argument(task: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

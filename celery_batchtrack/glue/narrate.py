@@ -63,7 +63,8 @@ _LINES: dict[type, Callable[[Any], tuple[int, str, tuple[Any, ...]]]] = {
         (e.batch_id, e.count),
     ),
     events.PublishFailed: lambda e: (
-        logging.WARNING, "action=publish_failed %s could not be sent: %s (the sweep tries again)", (e.key, e.error),
+        logging.WARNING, "action=publish_failed %s%s could not be sent: %s",
+        (e.key, f" and {e.count - 1} more" if e.count > 1 else "", e.error),
     ),
     events.WorkerLost: lambda e: (
         logging.ERROR, "action=worker_lost %s (host %s, pid %s) is gone, noticed by %s",

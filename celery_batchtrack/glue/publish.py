@@ -88,6 +88,8 @@ class BrokerPublisher:
                         failed.append(NotSent(left[0], _say(error), final=True))
                     except Exception as error:  # noqa: BLE001 (a broker may refuse one message for any reason)
                         failed.append(NotSent(left[0], _say(error)))
+                        with contextlib.suppress(Exception):  # AMQP closes a channel that it refused something on
+                            producer.revive(producer.connection.channel())
                     left.popleft()
         except down as error:
             failed += [NotSent(each, _say(error), down=True) for each in left]

@@ -32,6 +32,7 @@ from kombu.exceptions import OperationalError
 from celery_batchtrack import errors
 from celery_batchtrack.behaviour.run import Run, Runner
 from celery_batchtrack.vocabulary.ids import HEADER, Ticket
+from celery_batchtrack.vocabulary.policies import backoff
 from celery_batchtrack.vocabulary.records import Ending, Evidence, Refused, Release
 from celery_batchtrack.vocabulary.states import Cause, Status
 
@@ -233,8 +234,8 @@ def _retry(task: Any, error: Retry) -> Release:
 
 
 def _rejected(task: Any, runner: Runner, run: Run, error: Reject) -> None:
-    if error.requeue:
-        runner.release(run, Release())
+    if error.requeue:  # not at once: Celery would redeliver in a hot loop
+        runner.release(run, Release(countdown=backoff(runner.tracker.settings.retry_backoff, run.attempt)))
     elif isinstance(error.reason, OperationalError):
         # self.retry() that could not reach the broker: the row goes back, and a sweep sends it.
         runner.release(run, Release(countdown=float(task.default_retry_delay or 0), retries=task.request.retries + 1))

@@ -58,7 +58,7 @@ def normalised(url: str) -> sa.URL:
             "batchtrack_database_url is no SQLAlchemy URL; write e.g. 'postgresql+psycopg://user@host/name' "
             "or 'sqlite:///batchtrack.db'"
         ) from None
-    if parsed.drivername in ("postgresql", "postgres"):
+    if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg2", "postgresql+asyncpg"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
         raise errors.ImproperlyConfigured(

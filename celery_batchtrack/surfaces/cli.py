@@ -15,6 +15,7 @@ from celery_batchtrack.surfaces import jsonio, pages, views
 from celery_batchtrack.surfaces.console import (
     Command,
     acting,
+    age,
     duration,
     extension_of,
     put,
@@ -120,10 +121,7 @@ def crashes(ctx: click.Context, id: str | None, since: float | None, limit: int 
     """
     store = store_of(ctx)
     batch_id = None if id is None else store.resolve(id)
-    found = [
-        views.incident(row)
-        for row in store.incidents(batch_id, crashes_only=True, since=since, limit=limit)
-    ]
+    found = [views.incident(row) for row in store.incidents(batch_id, crashes_only=True, since=since, limit=limit)]
     if as_json:
         put_json(found)
     else:
@@ -233,7 +231,12 @@ def _tell(ctx: click.Context, sweep: Sweep, as_json: bool) -> None:
 
 
 @command("prune")
-@click.option("--older-than", **DURATION, help="Whatever their outcome; default: batchtrack_retention.")
+@click.option(
+    "--older-than",
+    metavar="DURATION",
+    callback=age,
+    help="With its unit, e.g. 7d; whatever their outcome. Default: batchtrack_retention.",
+)
 @as_json
 def prune(ctx: click.Context, older_than: float | None, as_json: bool) -> None:
     """Delete batches that ended long ago.
@@ -249,7 +252,7 @@ def prune(ctx: click.Context, older_than: float | None, as_json: bool) -> None:
     if as_json:
         put_json([{"batches": batches, "workers": gone}])
     else:
-        say(ctx, f"deleted {batches} batches, and {gone} workers that ended before")
+        say(ctx, f"batches deleted: {batches}; workers that ended before: {gone}")
 
 
 @command("cancel")

@@ -70,6 +70,15 @@ def _logs_on_stderr() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
+def age(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """A duration with its unit: what deletes things does not guess whether 7 means days."""
+    if value is not None and value.strip().replace(".", "").isdigit():
+        raise click.BadParameter(
+            f"{value!r} has no unit: write {value.strip()}d for days, {value.strip()}s for seconds", ctx, param
+        )
+    return duration(ctx, param, value)
+
+
 def duration(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
     """An option's seconds, or text such as ``90s``, ``24h``, ``7d``."""
     from celery_batchtrack.vocabulary.settings import seconds

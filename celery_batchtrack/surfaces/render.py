@@ -122,9 +122,7 @@ class Table:
         """The header and a line per row; nothing at all without rows."""
         left, first = iter(rows), True
         while page := [[clean(cell) for cell in row] for row in islice(left, self.page)]:
-            self._widths = [
-                max(before, *(width(row[at]) for row in page)) for at, before in enumerate(self._widths)
-            ]
+            self._widths = [max(before, *(width(row[at]) for row in page)) for at, before in enumerate(self._widths)]
             widths = self._fitting()
             if first:
                 yield self._line([column.title for column in self.columns], widths, header=True)

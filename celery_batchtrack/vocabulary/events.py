@@ -62,8 +62,11 @@ class Redispatched:
 
 @dataclass(frozen=True, slots=True)
 class PublishFailed:
+    """`count` messages, that of `key` first, were not sent for the same reason."""
+
     key: ChildKey
     error: str
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)

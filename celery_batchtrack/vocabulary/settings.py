@@ -50,9 +50,13 @@ def _not_negative(value: Any) -> float:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != float(value) or int(value) < 1:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if isinstance(value, bool) or not number.is_integer() or number < 1:
         raise ValueError(f"must be a whole number of at least 1, not {value!r}")
-    return int(value)
+    return int(number)
 
 
 def _boolean(value: Any) -> bool:

@@ -306,6 +306,8 @@ def _check_broker(app: Any) -> None:
         raise UnusableBroker(f"kombu has no transport for this --broker: {error.args[0]}") from error
     except ImproperlyConfigured as error:
         raise UnusableBroker(str(error)) from error
+    except app.connection_for_write().connection_errors as error:
+        raise UnusableBroker(f"the broker refuses us: {error}. Check --broker, its user and password.") from error
 
 
 def _shown(url: str) -> str:

@@ -104,7 +104,8 @@ def _deadly(document: Document) -> str:
 
 def _what_next(output: Path) -> str:
     url = cli.default_tracking_database(store.output_url(str(output)))
-    look = f"ANNOTATIONS_DATABASE_URL={shlex.quote(url)} celery -A examples.annotations.tasks batchtrack"
+    celery = shlex.quote(str(Path(sys.executable).with_name("celery")))
+    look = f"ANNOTATIONS_DATABASE_URL={shlex.quote(url)} {celery} -A examples.annotations.tasks batchtrack"
     return (
         f"\nThe documents are in {output}, the report in {FOLDER / 'report.json'}. To look further:\n"
         f"  {look} crashes\n"

@@ -116,8 +116,9 @@ def test_every_partial_index_of_the_design_has_its_predicate(store: Store) -> No
         found = _indexes(connection)
     for name, part in {
         "batchtrack_child_callback": "kind", "batchtrack_child_slot": "running", "batchtrack_child_open": "pending",
-        "batchtrack_child_undispatched": "dispatched_at IS NULL", "batchtrack_child_dispatched": "dispatched_at IS NOT NULL",
-         "batchtrack_batch_alive": "open", "batchtrack_worker_alive": "stopped_at",
+        "batchtrack_child_undispatched": "dispatched_at IS NULL",
+        "batchtrack_child_dispatched": "dispatched_at IS NOT NULL",
+        "batchtrack_batch_alive": "open", "batchtrack_worker_alive": "stopped_at",
     }.items():  # fmt: skip
         assert re.search(rf"WHERE .*{part}", found[name]), found[name]
     assert all("UNIQUE" in found[name] for name in ("batchtrack_child_callback", "batchtrack_child_slot"))
