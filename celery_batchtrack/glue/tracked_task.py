@@ -120,12 +120,15 @@ def _tracked(task: Any, parent: Any, ticket: Ticket, args: Any, kwargs: Any) -> 
     try:
         try:
             result = _call_through(parent, task, *_bound(task, ticket, args, kwargs))
-            text = codec.dumps(result)
+            text = codec.dumps(result) if ticket.keep_result else None
         except BaseException as error:  # noqa: BLE001 (every end of a run is reported, SystemExit too)
             _ended_badly(task, runner, run, error)
         keep = declare.options_of(task).store_arguments
-        runner.settle(run, Ending(Status.COMPLETED, text if ticket.keep_result else None, keep_signature=keep))
+        runner.settle(run, Ending(Status.COMPLETED, text, keep_signature=keep))
         return result
+    except Exception:
+        run.page.clear()  # settled, or else lost between two lines (a soft time limit): the reconciliation looks
+        raise
     finally:
         runs.remove(run)
 

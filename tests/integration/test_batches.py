@@ -228,6 +228,18 @@ def test_a_cancel_without_termination_is_remembered(app: Celery, monkeypatch: py
     assert [incident.outcome for incident in batch.incidents()] == ["late_write"]
 
 
+def test_results_that_nobody_reads_need_not_be_json(app: Celery) -> None:
+    batch = Batch.create("none", [app.tasks["same"].s(1)], app=app, results="none")
+    assert (batch.status, list(batch.results())) == (BatchStatus.COMPLETED, [None])
+
+    @app.task(name="opaque", shared=False)
+    def opaque() -> object:
+        return object()
+
+    assert Batch.create("opaque", [opaque.s()], app=app, results="none").status == BatchStatus.COMPLETED
+    assert Batch.create("kept", [opaque.s()], app=app).status == BatchStatus.FAILED
+
+
 def test_records_can_be_copied(app: Celery) -> None:
     [child] = Batch.create("copied", [app.tasks["same"].s(1)], app=app).children()
     assert copy.copy(child).status == child.status == Status.COMPLETED
