@@ -77,7 +77,7 @@ def _evidence_of(worker: WorkerIdentity, death: Death, phase: str = "running") -
     return Evidence(
         death.cause, phase=phase, signal=death.signal, exit_code=death.exit_code, message=death.message,
         hostname=worker.host.hostname, worker=worker.name, pid=death.pid, detected_by=Detector.MAIN,
-        died_ago=max(0.0, time.monotonic() - death.noticed),
+        noticed=death.noticed,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -342,7 +343,7 @@ def record(
             exit_code=evidence.exit_code, message=_text(evidence.message), traceback=_text(evidence.traceback),
             hostname=evidence.hostname, worker=evidence.worker, pid=evidence.pid,
             detected_by=evidence.detected_by, verdict=verdict,
-            died_at=evidence.died_at or later(-evidence.died_ago), detected_at=now(),
+            died_at=evidence.died_at or later(min(0.0, evidence.noticed - time.monotonic())), detected_at=now(),
         )
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -131,9 +132,10 @@ class Evidence:
     worker: str | None = None
     pid: int | None = None
     detected_by: Detector | None = None
-    #: When it died: a moment of the database's, or seconds before the evidence is written.
+    #: When it died, where the database knows; otherwise it was noticed now.
     died_at: datetime | None = None
-    died_ago: float = 0.0
+    #: By this process's monotonic clock; only the time since then is told to the database.
+    noticed: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
