@@ -323,11 +323,12 @@ def test_a_fork_of_the_parent_does_not_keep_the_workers_alive(tmp_path: Path, ma
 
 
 def test_an_interrupt_reaches_the_parent_alone(tmp_path: Path, mark: str) -> None:
-    # The second file: an interrupt in the middle of publishing may be swallowed by a destructor.
     block = "sleep.delay('begun'); (HERE / 'waiting').touch(); time.sleep(60)"
     script = write_script(tmp_path / "script.py", block)
     with subprocess.Popen(
-        [sys.executable, script.name], cwd=tmp_path, start_new_session=True, stdin=subprocess.PIPE, stderr=-1
+        [sys.executable, script.name], cwd=tmp_path, start_new_session=True, stdin=subprocess.PIPE, stderr=-1,
+        # A shell's background job, such as a CI run, inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as parent:
         wait_until(lambda: (tmp_path / "begun").exists() and (tmp_path / "waiting").exists())
         os.killpg(parent.pid, signal.SIGINT)
