@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from celery_batchtrack import __version__, errors
-from celery_batchtrack.behaviour import blackbox, detector, finish, hosts, run
+from celery_batchtrack.behaviour import blackbox, detector, finish, hosts, retention, run
 from celery_batchtrack.behaviour.blackbox import Boxes
 from celery_batchtrack.behaviour.detector import Death, Reconciler, Sweeper
 from celery_batchtrack.behaviour.identity import WorkerIdentity
@@ -150,12 +150,7 @@ class Attendant:
                 self._guarded(self._sweep_if_overdue)
             if time.monotonic() >= prune_at:
                 prune_at = time.monotonic() + _PRUNE_EVERY
-                self._guarded(self._prune)
-
-    def _prune(self) -> None:
-        """Beat does this too, where there is one with our entry."""
-        retention = self.tracker.settings.retention
-        self.tracker.store.prune(completed=retention["completed"], other=retention["other"])
+                self._guarded(lambda: retention.prune(self.tracker))  # as beat does, where it has our entry
 
     def _boot(self) -> None:
         """At start: what a predecessor on this host left is settled before anything else."""

@@ -73,7 +73,6 @@ class Batch:
         self.id: uuid.UUID = uuid7()
         self._opened = self._broken = False
         self._buffer: list[NewChild] = []
-        self._headers: dict[str, Any] = {}
         self._client: Any = None
         #: Task ids of the children, where they were all given at once; empty on a handle from `get`.
         self.task_ids: list[str] = []
@@ -84,7 +83,7 @@ class Batch:
     def _handle(cls, extension: BatchTrack, batch_id: uuid.UUID) -> Batch:
         batch = cls.__new__(cls)
         batch._extension, batch.id, batch._options = extension, batch_id, None
-        batch._opened, batch._buffer, batch._client, batch._headers = False, [], None, {}
+        batch._opened, batch._buffer, batch._client = False, [], None
         batch._broken = False
         batch.task_ids = []
         return batch
@@ -110,11 +109,10 @@ class Batch:
         if self._options is None or self._opened:
             raise errors.BatchStateError("a batch is filled once: make a new Batch(…)")
         extension, options = self._extension, self._options
-        self._headers = captured(extension)
         self._client = extension.client()
         opener = self._client.__enter__()
         try:
-            new = new_batch(extension, options, self.id, self._headers, opened_by=opener)
+            new = new_batch(extension, options, self.id, captured(extension), opened_by=opener)
             extension.store.create(new)
         except BaseException:
             self._client.__exit__(None, None, None)

@@ -18,7 +18,7 @@ from celery import current_app
 from celery._state import _get_active_apps
 
 from celery_batchtrack import errors
-from celery_batchtrack.behaviour import blackbox
+from celery_batchtrack.behaviour import blackbox, retention
 from celery_batchtrack.behaviour.blackbox import Boxes
 from celery_batchtrack.behaviour.detector import Sweep, Sweeper
 from celery_batchtrack.behaviour.identity import WorkerIdentity
@@ -359,10 +359,7 @@ class BatchTrack:
 
     def prune(self) -> int:
         """Delete batches whose retention is over; returns how many."""
-        retention = self.settings.retention
-        deleted = self.store.prune(completed=retention["completed"], other=retention["other"])
-        self.store.prune_workers(max(retention.values()))
-        return deleted
+        return retention.prune(self.tracker)
 
     def migrate(self) -> None:
         """Bring the tracking database to this version's schema."""
