@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .tracker import Tracker
 
 
-def prune(tracker: Tracker) -> int:
-    """Delete ended batches by the settings' retention; returns how many."""
-    retention = tracker.settings.retention
-    deleted = tracker.store.prune(completed=retention["completed"], other=retention["other"])
-    tracker.store.prune_workers(max(retention.values()))
-    return deleted
+def prune(tracker: Tracker, keep: Mapping[str, float] | None = None) -> tuple[int, int]:
+    """Delete what ended longer ago than `keep` (seconds by outcome; default: the settings' retention).
+
+    Returns how many batches and how many workers.
+    """
+    keep = tracker.settings.retention if keep is None else keep
+    batches = tracker.store.prune(completed=keep["completed"], other=keep["other"])
+    return batches, tracker.store.prune_workers(max(keep.values()))

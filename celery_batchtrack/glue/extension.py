@@ -359,7 +359,7 @@ class BatchTrack:
 
     def prune(self) -> int:
         """Delete batches whose retention is over; returns how many."""
-        return retention.prune(self.tracker)
+        return retention.prune(self.tracker)[0]
 
     def migrate(self) -> None:
         """Bring the tracking database to this version's schema."""

@@ -243,12 +243,10 @@ def prune(ctx: click.Context, older_than: float | None, as_json: bool) -> None:
 
     Their children and incidents go with them; batches whose callbacks are not done stay.
     """
-    extension = extension_of(ctx)
-    retention = dict(extension.settings.retention)
-    if older_than is not None:
-        retention = dict.fromkeys(retention, older_than)
-    batches = extension.store.prune(**retention)
-    gone = extension.store.prune_workers(max(retention.values()))
+    from celery_batchtrack.behaviour import retention
+
+    keep = None if older_than is None else {"completed": older_than, "other": older_than}
+    batches, gone = retention.prune(extension_of(ctx).tracker, keep)
     if as_json:
         put_json([{"batches": batches, "workers": gone}])
     else:
