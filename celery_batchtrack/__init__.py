@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from .glue.declare import tracked
     from .glue.embedded.cluster import LocalCluster
     from .glue.extension import BatchTrack
+    from .glue.inhand import each_item, note
     from .glue.options import BatchOptions
+    from .vocabulary.crash_policy import CrashPolicy
     from .vocabulary.policies import Tolerance
 else:
     # Imported at first use: every `celery` command imports this package for its command line, also
@@ -27,12 +29,15 @@ else:
         "Batch": "glue.batch",
         "BatchOptions": "glue.options",
         "BatchTrack": "glue.extension",
+        "CrashPolicy": "vocabulary.crash_policy",
         "LocalCluster": "glue.embedded.cluster",
         "Tolerance": "vocabulary.policies",
         "chord": "glue.chord",
         "current_batch": "glue.current",
         "current_child": "glue.current",
+        "each_item": "glue.inhand",
         "errors": "errors",
+        "note": "glue.inhand",
         "signals": "signals",
         "tracked": "glue.declare",
     }
@@ -57,12 +62,15 @@ __all__ = [
     "Batch",
     "BatchOptions",
     "BatchTrack",
+    "CrashPolicy",
     "LocalCluster",
     "Tolerance",
     "chord",
     "current_batch",
     "current_child",
+    "each_item",
     "errors",
+    "note",
     "signals",
     "tracked",
 ]

@@ -1,10 +1,11 @@
-"""The black box: one small memory-mapped file per slot that says which run is in it.
+"""The black box: one small memory-mapped file per slot that says which run is in it, and which item it has in hand.
 
 The kernel keeps the page when its process dies, so the worker's main process, and the next worker on
 the host, can read what a dead process had in hand. Writing is a memory store: no I/O, no SQL.
 
-A page is 4096 bytes: magic, a sequence number (odd while a write is under way, so that a torn write is
-recognised), phase, batch id, position, run token. A slot is ``pid:start:thread:depth``.
+A page is 4096 bytes in three sections, each behind a sequence number that is odd while a write is under way, so that
+a torn write is recognised: the run (phase, batch, position, token, stall time-out, thread, memory), the item in hand
+(index, how many were done, flags, identifier) and the last note. A slot is ``pid:start:thread:depth``.
 """
 
 from __future__ import annotations
@@ -13,25 +14,33 @@ import contextlib
 import fcntl
 import mmap
 import os
-import shutil
 import struct
-import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
 from celery_batchtrack.vocabulary.ids import ChildKey
 
-from . import hosts
+from . import hosts, memory
 
 SIZE = 4096
-_MAGIC = b"BTK1"
+_MAGIC = b"BTK2"
 _SEQUENCE = struct.Struct("<Q")
-_RUN = struct.Struct("<B7x16sq16s")
+_RUN = struct.Struct("<B7x16sq16sdQQ")
+_ITEM = struct.Struct("<qqBxH")
+_NOTE = struct.Struct("<H")
 _SEQUENCE_AT, _RUN_AT = 8, 16
+_ITEM_SEQUENCE_AT, _ITEM_AT = 128, 136
+_IDENTIFIER_AT, IDENTIFIER_SIZE = _ITEM_AT + _ITEM.size, 1024
+_NOTE_SEQUENCE_AT, _NOTE_AT = 1536, 1544
+_TEXT_AT, NOTE_SIZE = _NOTE_AT + _NOTE.size, 512
+
+#: Flags of an item: its index is one of the child's declared items; what was done before it is durable.
+DECLARED, PROMISED = 1, 2
+_NO_ITEM = -1
 
 
 class Phase(IntEnum):
@@ -45,12 +54,30 @@ class Phase(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class InHand:
+    """What the run said of its items. `index` is None before the first item and after the last."""
+
+    index: int | None
+    done: int
+    identifier: str | None
+    declared: bool
+    promised: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PageState:
-    """What a page says. `key` and `token` are None when idle."""
+    """What a page says. `key` and `token` are None when idle; `item` and `note` where they are torn."""
 
     phase: Phase
     key: ChildKey | None
     token: uuid.UUID | None
+    stall_timeout: float = 0.0  # seconds; 0: none
+    thread: int = 0  # as Python names it (`threading.get_ident`)
+    peak_memory: int = 0  # bytes, of the process at the claim
+    item: InHand | None = None
+    note: str | None = None
+    #: Moves with every item and every note.
+    progress: int = 0
 
 
 _IDLE = PageState(Phase.IDLE, None, None)
@@ -63,27 +90,56 @@ class Page:
         self.path = path
         self._map: mmap.mmap | None = None
         self._file: int | None = None
-        self._sequence = 0
+        self._sequence = self._item_sequence = self._note_sequence = 0
+        #: Counts the runs in this slot: what a former run left behind must not write into the next one's.
+        self.generation = 0
         #: Tokens of claims that got no answer: they may have committed, but nothing ran.
         self.given_up: set[uuid.UUID] = set()
+        #: Why there is no file although there is a folder, until somebody was told.
+        self.trouble: str | None = None
         if path is not None:
             self._open(path)
 
     def _open(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        # Held until this process ends: whoever gets this lock knows that it did, across pid namespaces.
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, SIZE)
-        self._file, self._map = descriptor, mmap.mmap(descriptor, SIZE)
+        try:
+            # Held until this process ends: whoever gets this lock knows that it did, across pid namespaces.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not a hole: a store into one that a full disk cannot fill would be SIGBUS.
+            os.posix_fallocate(descriptor, 0, SIZE)
+            self._map = mmap.mmap(descriptor, SIZE)
+        except OSError:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
+        self._file = descriptor
         self._map[: len(_MAGIC)] = _MAGIC
 
-    def enter(self, key: ChildKey, token: uuid.UUID, phase: Phase = Phase.CLAIMING) -> None:
+    @property
+    def works(self) -> bool:
+        return self._map is not None
+
+    def enter(
+        self, key: ChildKey, token: uuid.UUID, phase: Phase = Phase.CLAIMING, stall_timeout: float = 0.0
+    ) -> None:
         """Name the run in this slot. Comes before the claim, so that no claimed run is without a page."""
-        self._write(_RUN.pack(phase, key.batch_id.bytes, key.position, token.bytes))
+        self.generation += 1
+        page = self._map
+        if page is None:
+            return
+        run = _RUN.pack(
+            phase, key.batch_id.bytes, key.position, token.bytes, stall_timeout, threading.get_ident(),
+            memory.own_peak(),
+        )  # fmt: skip
+        self._sequence += 2
+        _SEQUENCE.pack_into(page, _SEQUENCE_AT, self._sequence - 1)
+        _ITEM.pack_into(page, _ITEM_AT, _NO_ITEM, 0, 0, 0)  # the former run's are not this one's
+        _NOTE.pack_into(page, _NOTE_AT, 0)
+        page[_RUN_AT : _RUN_AT + len(run)] = run
+        _SEQUENCE.pack_into(page, _SEQUENCE_AT, self._sequence)
 
     def phase(self, phase: Phase) -> None:
-        if self._map is not None:
-            self._write(bytes((phase,)))
+        self._write(bytes((phase,)))
 
     def give_up(self, token: uuid.UUID) -> None:
         """The claim was not answered in time."""
@@ -102,6 +158,55 @@ class Page:
         self._map[_RUN_AT : _RUN_AT + len(run)] = run
         _SEQUENCE.pack_into(self._map, _SEQUENCE_AT, self._sequence)
 
+    # -- items and notes -------------------------------------------------------------------------
+
+    def item_writer(self, flags: int) -> Callable[[int, bytes], None] | None:
+        """What notes the item in hand: (index, identifier in UTF-8). None for a page without a file.
+
+        The hottest code of the package: a few stores, nothing allocated that stays.
+        """
+        page = self._map
+        if page is None:
+            return None
+        sequence, item = _SEQUENCE.pack_into, _ITEM.pack_into
+
+        def write(index: int, identifier: bytes) -> None:
+            self._item_sequence = number = self._item_sequence + 2
+            length = len(identifier)
+            sequence(page, _ITEM_SEQUENCE_AT, number - 1)
+            item(page, _ITEM_AT, index, index, flags, length)
+            page[_IDENTIFIER_AT : _IDENTIFIER_AT + length] = identifier
+            sequence(page, _ITEM_SEQUENCE_AT, number)
+
+        return write
+
+    def no_item(self, done: int, flags: int) -> None:
+        """The loop over the items is over."""
+        if self._map is None:
+            return
+        self._item_sequence += 2
+        _SEQUENCE.pack_into(self._map, _ITEM_SEQUENCE_AT, self._item_sequence - 1)
+        _ITEM.pack_into(self._map, _ITEM_AT, _NO_ITEM, done, flags, 0)
+        _SEQUENCE.pack_into(self._map, _ITEM_SEQUENCE_AT, self._item_sequence)
+
+    def touch(self) -> None:
+        """Progress without a new item or note."""
+        if self._map is not None:
+            self._note_sequence += 2
+            _SEQUENCE.pack_into(self._map, _NOTE_SEQUENCE_AT, self._note_sequence)
+
+    def note(self, text: str) -> None:
+        """Keep a short note, its first 512 bytes."""
+        page = self._map
+        if page is None:
+            return
+        data = text.encode("utf-8", "replace")[:NOTE_SIZE]
+        self._note_sequence += 2
+        _SEQUENCE.pack_into(page, _NOTE_SEQUENCE_AT, self._note_sequence - 1)
+        _NOTE.pack_into(page, _NOTE_AT, len(data))
+        page[_TEXT_AT : _TEXT_AT + len(data)] = data
+        _SEQUENCE.pack_into(page, _NOTE_SEQUENCE_AT, self._note_sequence)
+
     def close(self, *, unlink: bool = True) -> None:
         if self._map is not None and self._file is not None and self.path is not None:
             if unlink:
@@ -111,23 +216,56 @@ class Page:
             self._map = self._file = None
 
 
+# -- reading --------------------------------------------------------------------------------------
+
+
 def read(path: Path) -> PageState | None:
     """What a page says, or None if there is none, or it is torn (its writer died in mid-write)."""
     with contextlib.suppress(OSError):
         for _ in range(3):
             data, again = path.read_bytes(), path.read_bytes()  # a copy is no snapshot: two must agree
-            if len(data) < _RUN_AT + _RUN.size or data[: len(_MAGIC)] != _MAGIC:
+            if len(data) < SIZE or data[: len(_MAGIC)] != _MAGIC:
                 return None
-            if data == again and _SEQUENCE.unpack_from(data, _SEQUENCE_AT)[0] % 2 == 0:
+            if data == again and _whole(data, _SEQUENCE_AT):
                 return _state(data)
     return None
 
 
+def _number(data: bytes, at: int) -> int:
+    return int(_SEQUENCE.unpack_from(data, at)[0])
+
+
+def _whole(data: bytes, at: int) -> bool:
+    return _number(data, at) % 2 == 0
+
+
 def _state(data: bytes) -> PageState:
-    phase, batch_id, position, token = _RUN.unpack_from(data, _RUN_AT)
+    phase, batch_id, position, token, stall_timeout, thread, peak = _RUN.unpack_from(data, _RUN_AT)
     if phase == Phase.IDLE or phase not in Phase._value2member_map_:
         return _IDLE
-    return PageState(Phase(phase), ChildKey(uuid.UUID(bytes=batch_id), position), uuid.UUID(bytes=token))
+    return PageState(
+        Phase(phase), ChildKey(uuid.UUID(bytes=batch_id), position), uuid.UUID(bytes=token), stall_timeout, thread,
+        peak, _item(data), _note(data), _number(data, _ITEM_SEQUENCE_AT) + _number(data, _NOTE_SEQUENCE_AT),
+    )  # fmt: skip
+
+
+def _item(data: bytes) -> InHand | None:
+    if not _whole(data, _ITEM_SEQUENCE_AT):
+        return None
+    index, done, flags, length = _ITEM.unpack_from(data, _ITEM_AT)
+    identifier = data[_IDENTIFIER_AT : _IDENTIFIER_AT + min(length, IDENTIFIER_SIZE)].decode("utf-8", "replace")
+    declared, promised = bool(flags & DECLARED), bool(flags & PROMISED)
+    return InHand(None if index == _NO_ITEM else index, done, identifier or None, declared, promised)
+
+
+def _note(data: bytes) -> str | None:
+    if not _whole(data, _NOTE_SEQUENCE_AT):
+        return None
+    (length,) = _NOTE.unpack_from(data, _NOTE_AT)
+    return data[_TEXT_AT : _TEXT_AT + min(length, NOTE_SIZE)].decode("utf-8", "ignore") or None
+
+
+# -- slots ----------------------------------------------------------------------------------------
 
 
 def slot_name(depth: int = 0) -> str:
@@ -150,140 +288,3 @@ def slot_process(slot: str) -> tuple[int, int | None]:
     """(pid, start time) of a slot's process."""
     pid, start, *_ = slot.split(":")
     return int(pid), int(start) or None
-
-
-def choose_folder(wanted: str | None) -> Path | None:
-    """The first writable of: the setting, /dev/shm, XDG_RUNTIME_DIR, the temp folder. None if none is."""
-    own = f"batchtrack-{os.getuid()}"
-    places = [Path(wanted)] if wanted else [
-        Path("/dev/shm") / own,
-        *([Path(os.environ["XDG_RUNTIME_DIR"]) / own] if os.environ.get("XDG_RUNTIME_DIR") else []),
-        Path(tempfile.gettempdir()) / own,
-    ]  # fmt: skip
-    for place in places:
-        with contextlib.suppress(OSError):
-            place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=place):
-                return place
-    return None
-
-
-#: Workers whose main process is this very process: asking for their locks would drop them.
-_own_workers: set[uuid.UUID] = set()
-
-
-def _is_own(worker_id: uuid.UUID) -> bool:
-    return worker_id in _own_workers
-
-
-class Boxes:
-    """The folder of one worker boot: its pages, its spool, and the lock that says its main process lives."""
-
-    def __init__(self, base: Path | None, worker_id: uuid.UUID) -> None:
-        self.base = base
-        self.worker_id = worker_id
-        self.folder = None if base is None else base / str(worker_id)
-        self._alive: int | None = None
-        self._pages: dict[str, Page] = {}
-        self._owner = os.getpid()
-
-    def create(self) -> None:
-        """Make the folder and hold its lock; called once, by the main process."""
-        if self.folder is None:
-            return
-        try:
-            (self.folder / "spool").mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._alive = os.open(self.folder / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.lockf(self._alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _own_workers.add(self.worker_id)
-        except OSError:
-            self.folder = None  # full or taken away meanwhile: tracking goes on without boxes
-
-    def page(self, slot: str) -> Page:
-        """This process's page for a slot, opened at its first use and kept."""
-        if self._owner != os.getpid():  # forked: the parent's pages are not ours
-            self._pages, self._owner = {}, os.getpid()
-        page = self._pages.get(slot)
-        if page is None:
-            page = self._pages[slot] = self._opened(slot)
-        return page
-
-    def _opened(self, slot: str) -> Page:
-        path = self.path(slot)
-        if path is not None:
-            with contextlib.suppress(OSError):
-                return Page(path)
-        return Page(None)
-
-    def path(self, slot: str) -> Path | None:
-        return None if self.folder is None else self.folder / (slot.replace(":", "-") + ".box")
-
-    def pages(self) -> Iterator[tuple[str, Path]]:
-        """(slot, path) of every page in the folder, whichever process wrote it."""
-        if self.folder is not None and self.folder.is_dir():
-            for path in sorted(self.folder.glob("*.box")):
-                yield path.stem.replace("-", ":"), path
-
-    def drop(self, slot: str) -> None:
-        """Remove a dead process's page."""
-        path = self.path(slot)
-        if path is not None:
-            path.unlink(missing_ok=True)
-
-    def close_own_pages(self) -> None:
-        """At a clean end of this process."""
-        if self._owner == os.getpid():
-            for page in self._pages.values():
-                page.close()
-            self._pages.clear()
-
-    def remove(self) -> None:
-        """At a clean end of the worker; keeps the folder if outcomes are still spooled in it."""
-        if self.folder is None:
-            return
-        if not any((self.folder / "spool").glob("*.json")):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        if self._alive is not None:
-            os.close(self._alive)
-            self._alive = None
-
-
-def with_spool(base: Path | None) -> set[uuid.UUID]:
-    """Worker boots below `base` whose folder holds undelivered outcomes."""
-    found: set[uuid.UUID] = set()
-    for path in () if base is None else base.glob("*/spool/*.json"):
-        with contextlib.suppress(ValueError):
-            found.add(uuid.UUID(path.parent.parent.name))
-    return found
-
-
-def of_dead_workers(base: Path) -> list[Boxes]:
-    """Folders whose main process is gone, by its lock. Another database's workers may be among them."""
-    found = []
-    for folder in base.iterdir() if base.is_dir() else ():
-        with contextlib.suppress(ValueError):
-            boxes = Boxes(base, uuid.UUID(folder.name))
-            if (folder / "alive").exists() and not _is_own(boxes.worker_id) and held(folder / "alive") is False:
-                found.append(boxes)
-    return found
-
-
-def held(path: Path) -> bool | None:
-    """Whether a living process holds the lock on this file. None: no file, or it cannot be told.
-
-    Never ask about a file of this very process: closing it would drop the process's own lock.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-    else:
-        return False
-    finally:
-        os.close(descriptor)

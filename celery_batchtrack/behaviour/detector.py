@@ -13,17 +13,19 @@ import signal
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.crash_policy import RowPolicy
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, Ticket
-from celery_batchtrack.vocabulary.policies import RerunPolicy
-from celery_batchtrack.vocabulary.records import ChildRow, Evidence, HostIdentity, WorkerRow
+from celery_batchtrack.vocabulary.records import ChildRow, HostIdentity, WorkerRow
 from celery_batchtrack.vocabulary.states import Cause, Detector, EndReason, Status, Verdict
 
-from . import blackbox, dispatch, finish, hosts, recovery, run
-from .blackbox import Boxes, PageState, Phase, slot_process
+from . import blackbox, dispatch, dossier, finish, folders, hosts, recovery, run
+from .blackbox import PageState, Phase, slot_process
+from .folders import Boxes
 from .identity import WorkerIdentity
 from .tracker import Tracker
 
@@ -38,10 +40,11 @@ class Death:
     pid_started: int | None
     cause: Cause
     ticket: Ticket | None = None
-    policy: RerunPolicy = field(default_factory=RerunPolicy)
+    policy: RowPolicy = field(default_factory=RowPolicy)
     signal: str | None = None
     exit_code: int | None = None
     message: str | None = None
+    peak_memory: int | None = None
     #: By this process's monotonic clock; only the time since then is told to the database.
     noticed: float = field(default_factory=time.monotonic)
 
@@ -58,25 +61,33 @@ def process_died(tracker: Tracker, worker: WorkerIdentity, boxes: Boxes, death: 
         rows = [row for row in rows if _slot_gone(row.slot or mine + "0:0:0") is not False]
     written = 0
     for row in rows:
-        written += recovery.run_died(tracker, row, _evidence_of(worker, death), Verdict.OBSERVED)
+        evidence = dossier.of_run(_evidence_of(worker, death), boxes, row)
+        written += recovery.run_died(tracker, row, evidence, Verdict.OBSERVED)
         boxes.drop(row.slot or "")
     if death.ticket is not None and all(row.key != death.ticket.key for row in rows):
-        written += _died_before_claim(tracker, worker, death, death.ticket)
+        written += _died_before_claim(tracker, worker, boxes, death, death.ticket)
     return written
 
 
-def _died_before_claim(tracker: Tracker, worker: WorkerIdentity, death: Death, ticket: Ticket) -> bool:
+def _died_before_claim(
+    tracker: Tracker, worker: WorkerIdentity, boxes: Boxes, death: Death, ticket: Ticket
+) -> bool:
     row = tracker.store.child(ticket.key)
     if row is None or row.status != Status.PENDING or row.attempt != ticket.attempt:
         return False
     evidence = _evidence_of(worker, death, phase="before_claim")
+    if death.cause is Cause.SIGNAL:
+        evidence = dossier.of_process(evidence, boxes, death.pid, death.pid_started)
+    if row.item_count == 1 and row.items:
+        evidence = replace(evidence, item=row.items[0], item_index=0)
     return recovery.died_before_claim(tracker, row, evidence, death.policy)
 
 
 def _evidence_of(worker: WorkerIdentity, death: Death, phase: str = "running") -> Evidence:
     return Evidence(
         death.cause, phase=phase, signal=death.signal, exit_code=death.exit_code, message=death.message,
-        hostname=worker.host.hostname, worker=worker.name, pid=death.pid, detected_by=Detector.MAIN,
+        hostname=worker.host.hostname, boot_id=worker.host.boot_id, worker=worker.name, worker_id=worker.id,
+        pid=death.pid, peak_memory=death.peak_memory, versions=worker.versions or None, detected_by=Detector.MAIN,
         noticed=death.noticed,
     )  # fmt: skip
 
@@ -97,6 +108,7 @@ class Reconciler:
     kill: Callable[[int, int], None] = os.kill
     _orphans: set[tuple[ChildKey, uuid.UUID]] = field(default_factory=set)
     _zombies: dict[tuple[ChildKey, uuid.UUID], int] = field(default_factory=dict)
+    _dead_stacks: set[Path] = field(default_factory=set)
 
     def beat(self) -> None:
         """One comparison: rows first, then pages."""
@@ -113,6 +125,14 @@ class Reconciler:
         for slot in pages:
             if slot not in in_use and _slot_gone(slot) is True:
                 self.boxes.drop(slot)
+        processes = {slot_process(slot) for slot in in_use if slot is not None}
+        dead = {
+            path for pid, started, path in self.boxes.stacks()
+            if (pid, started) not in processes and hosts.gone(pid, started) is True
+        }  # fmt: skip
+        for path in dead & self._dead_stacks:  # on the second beat: its death may still wait to be judged
+            path.unlink(missing_ok=True)
+        self._dead_stacks = dead
 
     def _convict_orphans(self, rows: list[ChildRow], pages: dict[str, PageState | None]) -> None:
         seen: set[tuple[ChildKey, uuid.UUID]] = set()
@@ -147,6 +167,8 @@ class Reconciler:
         if why == "gone":
             cause, message = Cause.EXIT, "its process is gone; how it ended was not seen"
         evidence = self.worker.evidence(cause, row.slot, Detector.RECONCILE, message=message)
+        if why == "gone":
+            evidence = dossier.of_run(evidence, self.boxes, row)
         recovery.run_died(self.tracker, row, evidence, Verdict.OBSERVED)
         if why == "gone":
             self.boxes.drop(row.slot or "")
@@ -235,14 +257,14 @@ class Sweeper:
             return
         kept = {worker.id for worker in self.tracker.store.live_workers()}
         kept |= {worker.id for _, worker in self.tracker.store.orphans()}
-        for boxes in blackbox.of_dead_workers(self.base):
+        for boxes in folders.of_dead_workers(self.base):
             if boxes.worker_id not in kept and self.tracker.store.knows_worker(boxes.worker_id):
                 boxes.remove()
 
     def _replay_spools(self, done: Sweep) -> None:
         """Ends that processes of this host could not write, before any verdict about their runs: also those of
         workers that others have found lost already. The folder may be shared with another database's."""
-        waiting = blackbox.with_spool(self.base)
+        waiting = folders.with_spool(self.base)
         if waiting:
             for worker in self.tracker.store.workers(all=True, limit=10_000):
                 if worker.id in waiting:
@@ -276,7 +298,7 @@ class Sweeper:
     def _lock_is_free(self, worker: WorkerRow) -> bool:
         """A container's worker, seen from its successor over a shared folder of black boxes."""
         folder = self._boxes_of(worker).folder
-        return folder is not None and blackbox.held(folder / "alive") is False
+        return folder is not None and folders.held(folder / "alive") is False
 
     def _deliver_spool_of(self, worker: WorkerRow) -> int:
         return run.deliver_spool(self.tracker, self._boxes_of(worker))
@@ -299,13 +321,13 @@ class Sweeper:
         if self._same_host(worker):
             return hosts.gone(worker.pid, worker.pid_started) is False
         folder = self._boxes_of(worker).folder
-        return folder is not None and blackbox.held(folder / "alive") is True
+        return folder is not None and folders.held(folder / "alive") is True
 
     def _settle_orphans(self, done: Sweep) -> None:
         for row, worker in self.tracker.store.orphans():
             found = self._judge_orphan(row, worker)
             if found is not None:
-                evidence, verdict = found
+                evidence, verdict = dossier.of_run(found[0], self._boxes_of(worker), row), found[1]
                 done.verdicts += recovery.run_died(self.tracker, row, evidence, verdict)
 
     def _judge_orphan(self, row: ChildRow, worker: WorkerRow) -> tuple[Evidence, Verdict] | None:
@@ -336,7 +358,7 @@ class Sweeper:
         own_process = slot_process(row.slot)[0] == worker.pid
         # In threads and solo pools the main process reads its own pages, which drops their locks: ask for its own.
         path = boxes.folder / "alive" if own_process and boxes.folder is not None else boxes.path(row.slot)
-        held = None if path is None else blackbox.held(path)
+        held = None if path is None else folders.held(path)
         return None if held is None else not held
 
     def _silent_for_long(self, worker: WorkerRow) -> bool:
@@ -356,6 +378,7 @@ class Sweeper:
             done.expired += 1
         for batch_id in tracker.store.unfinished():
             done.finished += finish.look(tracker, batch_id) is not None
+        tracker.store.sample_crash_rates()
         done.dispatched += dispatch.pump(tracker)
         done.redispatched += dispatch.redispatch(tracker, worker_lost=done.lost_workers > 0)
 
@@ -363,6 +386,7 @@ class Sweeper:
 def _worker_evidence(worker: WorkerRow, row: ChildRow, cause: Cause, detector: Detector, message: str) -> Evidence:
     pid = slot_process(row.slot)[0] if row.slot else worker.pid
     return Evidence(
-        cause, message=message, hostname=worker.hostname, worker=worker.name, pid=pid, detected_by=detector,
+        cause, message=message, hostname=worker.hostname, boot_id=worker.boot_id, worker=worker.name,
+        worker_id=worker.id, pid=pid, versions={"celery_batchtrack": worker.version}, detected_by=detector,
         died_at=worker.stopped_at or worker.beat_at,  # the last sign of life
     )  # fmt: skip

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, Ticket
-from celery_batchtrack.vocabulary.records import ChildRow, Evidence, Outgoing
+from celery_batchtrack.vocabulary.records import ChildRow, Outgoing
 from celery_batchtrack.vocabulary.states import Cause, Kind, Status
 
-from . import ending, failpoints, report
+from . import ending, failpoints, quarantine, report, results
 from .tracker import Message, NotSent, Tracker, declared_callback
 
 #: No redispatch wait grows beyond this, in seconds.
@@ -45,12 +46,13 @@ def _pump(tracker: Tracker, batch_id: uuid.UUID) -> tuple[int, bool]:
         while True:
             taken = tracker.store.take_undispatched(batch_id, chunk)
             failpoints.reach("dispatch.stamped")
-            failures = _send(tracker, taken)
-            sent += len(taken) - len(failures)
+            failures, count, withheld = _send(tracker, taken)
+            sent += count
             unsent += [each.message.row for each in failures if not each.final]
             down = any(each.down for each in failures)
-            # What can never be sent was settled, and callbacks may be due for that: look once more.
-            if down or (len(taken) < chunk and not any(each.final for each in failures)):
+            # What can never be sent was settled or split, and callbacks or parts may be due for that: look once more.
+            more = withheld or any(each.final for each in failures)
+            if down or (len(taken) < chunk and not more):
                 return sent, down
     finally:
         if unsent:  # only now, or the next chunk would be the same rows again
@@ -77,13 +79,13 @@ def redispatch(tracker: Tracker, *, worker_lost: bool = False) -> int:
             if (worker_lost and empty) or waited >= _patience(tracker, dispatches, empty=empty):
                 keys.append(key)
     taken = tracker.store.take_again(keys, after)
-    failures = _send(tracker, taken)
+    failures, count, withheld = _send(tracker, taken)
     tracker.store.give_back([each.message.row for each in failures if not each.final])
-    for batch_id, count in Counter(each.child.batch_id for each in taken).items():
-        tracker.emit(events.Redispatched(batch_id, count))
-    if any(each.final for each in failures):
+    for batch_id, again in Counter(each.child.batch_id for each in taken).items():
+        tracker.emit(events.Redispatched(batch_id, again))
+    if withheld or any(each.final for each in failures):
         pump(tracker)
-    return len(taken) - len(failures)
+    return count
 
 
 def _patience(tracker: Tracker, dispatches: int, *, empty: bool) -> float:
@@ -96,12 +98,14 @@ def _patience(tracker: Tracker, dispatches: int, *, empty: bool) -> float:
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError)
 
 
-def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> list[NotSent]:
-    """Publish taken rows. Returns what failed; what can never be sent is settled."""
+def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[NotSent], int, bool]:
+    """Publish taken rows. Returns what failed (what can never be sent is settled), how many were sent, and whether
+    items in quarantine were withheld."""
     if not taken:
-        return []
+        return [], 0, False
     try:
-        messages, failures = _messages(tracker, taken)
+        free, withheld = quarantine.sendable(tracker, taken)
+        messages, failures = _messages(tracker, free)
         failures += tracker.publisher.publish(messages)
     except BaseException:
         tracker.store.give_back([each.child for each in taken])
@@ -110,7 +114,7 @@ def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> list[NotSent]:
     for failure in failures:
         if failure.final:
             _settle_unsent(tracker, failure)
-    return failures
+    return failures, len(free) - len(failures), withheld
 
 
 def _messages(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[Message], list[NotSent]]:
@@ -147,7 +151,8 @@ def _message(tracker: Tracker, out: Outgoing) -> Message:
     ticket = Ticket(tracker.store_id, row.key, row.attempt, row.kind)
     if row.kind == Kind.CHILD:
         keep = batch.options.get("results") != "none"
-        return Message(row, batch, replace(ticket, keep_result=keep))
+        ticket = replace(ticket, keep_result=keep, on_crash=batch.options.get("on_crash"), isolated=row.isolated)
+        return Message(row, batch, ticket)
     declared = declared_callback(batch, row)
     body_id = declared.get("errback")
     if body_id is not None and declared.get("immutable"):
@@ -171,5 +176,4 @@ def _callback_arguments(tracker: Tracker, out: Outgoing) -> tuple[object, ...]:
         return ()
     if wanted == "report":
         return (report.build(tracker, out.child.batch_id).as_dict(),)
-    results = tracker.store.results(out.child.batch_id)
-    return ([None if text is None else tracker.codec.loads(text) for text in results],)
+    return (list(results.of_batch(tracker, out.child.batch_id)),)

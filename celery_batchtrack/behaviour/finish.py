@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 
+from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.records import Finished, Settled
 from celery_batchtrack.vocabulary.states import EndReason
@@ -31,6 +32,23 @@ def started(tracker: Tracker, batch_id: uuid.UUID) -> None:
     """What follows the seal's commit."""
     if look(tracker, batch_id) is None:
         dispatch.pump(tracker, batch_id)
+
+
+def pause(tracker: Tracker, batch_id: uuid.UUID, reason: str = "by hand") -> bool:
+    """Dispatch and claim none of its children any more; what runs goes on. False if it was paused or has ended."""
+    done = tracker.store.pause(batch_id, reason)
+    if done:
+        tracker.emit(events.BatchPaused(batch_id, reason))
+    return done
+
+
+def resume(tracker: Tracker, batch_id: uuid.UUID) -> bool:
+    """Go on with a paused batch. False if it was not paused, or has ended."""
+    done = tracker.store.resume(batch_id)
+    if done:
+        tracker.emit(events.BatchResumed(batch_id))
+        dispatch.pump(tracker, batch_id)
+    return done
 
 
 def cancel(

@@ -55,3 +55,12 @@ def gone(pid: int, pid_started: int | None) -> bool | None:
     except OSError as error:
         return True if error.errno == errno.ESRCH else None
     return None
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, as far as ``/proc/<pid>/status`` tells."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (_PROC / str(pid) / "status").read_text(errors="replace").splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False

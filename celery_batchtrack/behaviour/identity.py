@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from celery_batchtrack.vocabulary.records import Evidence, HostIdentity, NewWorker
+from celery_batchtrack.vocabulary.evidence import Evidence
+from celery_batchtrack.vocabulary.records import HostIdentity, NewWorker
 from celery_batchtrack.vocabulary.states import Cause, Detector
 
 from . import hosts
@@ -24,6 +26,8 @@ class WorkerIdentity:
     host: HostIdentity = field(default_factory=hosts.identity)
     pid: int = field(default_factory=os.getpid)
     pid_started: int | None = field(default_factory=lambda: hosts.started(os.getpid()))
+    #: Of what runs here, for evidence.
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def as_new_worker(self, lease: float, version: str) -> NewWorker:
         return NewWorker(
@@ -36,7 +40,10 @@ class WorkerIdentity:
         return Evidence(
             cause,
             hostname=self.host.hostname,
+            boot_id=self.host.boot_id,
             worker=self.name,
+            worker_id=self.id,
+            versions=self.versions or None,
             pid=pid,
             detected_by=detector,
             **known,  # type: ignore[arg-type]

@@ -1,48 +1,123 @@
-"""What becomes of a run that died: judged by its policy, written by one guarded settle."""
+"""What becomes of a run that died: judged by its policy, written by one guarded transaction, and followed up."""
 
 from __future__ import annotations
 
 from celery_batchtrack.vocabulary import events
-from celery_batchtrack.vocabulary.policies import Judgement, RerunPolicy, backoff, judge
-from celery_batchtrack.vocabulary.records import ChildRow, Evidence, Settled
-from celery_batchtrack.vocabulary.states import Verdict
+from celery_batchtrack.vocabulary.crash_policy import (
+    ISOLATED,
+    Action,
+    Death,
+    Judgement,
+    RowPolicy,
+    backoff,
+    base_queue,
+    judge,
+)
+from celery_batchtrack.vocabulary.evidence import Evidence
+from celery_batchtrack.vocabulary.records import ChildRow, Rerun, Settled
+from celery_batchtrack.vocabulary.states import Cause, Verdict
 
-from . import dispatch, finish
+from . import dispatch, finish, handover
 from .tracker import Tracker
+
+#: Causes that an item may be blamed for.
+_BLAMED = (Cause.SIGNAL, Cause.OOM, Cause.EXIT, Cause.STALLED)
 
 
 def run_died(tracker: Tracker, row: ChildRow, evidence: Evidence, verdict: Verdict) -> bool:
     """A claimed run is over without having reported. True if this call wrote the verdict."""
-    again = _again_in(tracker, RerunPolicy.from_option(row.policy), row, evidence)
-    settled = tracker.store.crash(row, evidence, verdict, again)
-    if settled.written:
-        _tell(tracker, row, evidence, again is not None, row.attempt)
-        _follow(tracker, row, settled, again)
-    return settled.written
+    return _died(tracker, row, evidence, verdict, RowPolicy.from_option(row.policy), claimed=True)
 
 
-def died_before_claim(tracker: Tracker, row: ChildRow, evidence: Evidence, policy: RerunPolicy) -> bool:
+def died_before_claim(tracker: Tracker, row: ChildRow, evidence: Evidence, policy: RowPolicy) -> bool:
     """A process died with the child's message in hand, before it could claim: an attempt like any other."""
-    again = _again_in(tracker, policy, row, evidence)
-    settled = tracker.store.crash_unclaimed(row, evidence, again)
+    return _died(tracker, row, evidence, Verdict.OBSERVED, policy, claimed=False)
+
+
+def _died(
+    tracker: Tracker, row: ChildRow, evidence: Evidence, verdict: Verdict, policy: RowPolicy, *, claimed: bool
+) -> bool:
+    judgement = _judge(tracker, row, evidence, verdict, policy)
+    settled = None
+    if judgement.action not in (Action.CRASHED, Action.RUN_AGAIN):
+        settled = _split(tracker, row, evidence, policy, judgement, claimed=claimed)
+    if settled is None:
+        settled = _end_or_rerun(tracker, row, evidence, verdict, policy, judgement, claimed=claimed)
     if settled.written:
-        _tell(tracker, row, evidence, again is not None, row.attempt + 1)
-        _follow(tracker, row, settled, again)
+        _tell(tracker, row, evidence, settled, judgement, row.attempt + (not claimed))
+        _follow(tracker, row, settled, judgement)
     return settled.written
 
 
-def _again_in(tracker: Tracker, policy: RerunPolicy, row: ChildRow, evidence: Evidence) -> float | None:
-    if judge(policy, evidence.cause, row.crashes) is Judgement.CRASHED:
+def _judge(tracker: Tracker, row: ChildRow, evidence: Evidence, verdict: Verdict, policy: RowPolicy) -> Judgement:
+    shared = policy.isolate and evidence.cause is Cause.WORKER_LOST
+    return judge(
+        policy,
+        Death(
+            evidence.cause, row.crashes, verdict, evidence.signal,
+            others=tracker.store.others_lost_with(row) if shared else 0, queue=row.queue, items=row.item_count,
+            item=evidence.item_index if row.items else None, promised=evidence.promised,
+            splits=tracker.store.splits_of(row) if policy.splits and row.origin is not None else 0,
+        ),
+    )  # fmt: skip
+
+
+def _split(
+    tracker: Tracker, row: ChildRow, evidence: Evidence, policy: RowPolicy, judgement: Judgement, *, claimed: bool
+) -> Settled | None:
+    """None where the items cannot be taken apart: then the child is crashed as a whole."""
+    cut = handover.cut(
+        row, policy, judgement.action, evidence, tracker.codec, isolated=judgement.isolated,
+        queue=_isolation_queue(row) if judgement.isolated else None,
+    )  # fmt: skip
+    if cut is None:
         return None
-    return backoff(tracker.settings.retry_backoff, row.crashes + 1)
+    killer = handover.killer_of(row, policy, evidence, tracker.settings.app_version, tracker.codec)
+    return tracker.store.split(row, cut.parts, cut.own, killer=killer, claimed=claimed)
 
 
-def _tell(tracker: Tracker, row: ChildRow, evidence: Evidence, again: bool, attempt: int) -> None:
-    tracker.emit(events.ChildCrashed(row.key, row.task, attempt, evidence, again, tuple(row.items)))
+def _end_or_rerun(
+    tracker: Tracker, row: ChildRow, evidence: Evidence, verdict: Verdict, policy: RowPolicy, judgement: Judgement,
+    *, claimed: bool,
+) -> Settled:  # fmt: skip
+    again = _rerun(tracker, row, policy, judgement) if judgement.runs_again else None
+    killer = None
+    if verdict is Verdict.OBSERVED and evidence.cause in _BLAMED:
+        killer = handover.killer_of(row, policy, evidence, tracker.settings.app_version, tracker.codec)
+    if claimed:
+        return tracker.store.crash(row, evidence, verdict, again, killer)
+    return tracker.store.crash_unclaimed(row, evidence, again, killer)
 
 
-def _follow(tracker: Tracker, row: ChildRow, settled: Settled, again: float | None) -> None:
-    if again is not None:
+def _rerun(tracker: Tracker, row: ChildRow, policy: RowPolicy, judgement: Judgement) -> Rerun:
+    base = tracker.settings.retry_backoff if policy.backoff is None else policy.backoff
+    crashes = row.crashes + judgement.strike
+    queue = judgement.queue or (_isolation_queue(row) if judgement.isolated else None)
+    return Rerun(backoff(base, crashes) if crashes else 0.0, judgement.strike, judgement.isolated, queue)
+
+
+def _isolation_queue(row: ChildRow) -> str | None:
+    """Of its own, where the row knows its queue; where not, the worker still runs it alone."""
+    return f"{base_queue(row.queue)}{ISOLATED}" if row.queue else None
+
+
+def _tell(
+    tracker: Tracker, row: ChildRow, evidence: Evidence, settled: Settled, judgement: Judgement, attempt: int
+) -> None:
+    tracker.emit(
+        events.ChildCrashed(
+            row.key, row.task, attempt, evidence, judgement.runs_again, tuple(row.items), settled.successors,
+            isolated=judgement.isolated and judgement.runs_again,
+        )
+    )  # fmt: skip
+    if settled.quarantined:
+        tracker.emit(events.Quarantined(row.key, row.task, evidence.item or ", ".join(row.items)))
+    if settled.paused:
+        tracker.emit(events.BatchPaused(row.batch_id, settled.paused))
+
+
+def _follow(tracker: Tracker, row: ChildRow, settled: Settled, judgement: Judgement) -> None:
+    if judgement.runs_again or settled.successors:
         dispatch.pump(tracker, row.batch_id)
-    else:
-        finish.after(tracker, row.key, settled)
+        return
+    finish.after(tracker, row.key, settled)

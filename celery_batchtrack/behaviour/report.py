@@ -6,7 +6,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from celery_batchtrack.vocabulary.records import ChildRow, IncidentRow, Progress
+from celery_batchtrack.vocabulary.evidence import IncidentRow
+from celery_batchtrack.vocabulary.records import ChildRow, Progress
 from celery_batchtrack.vocabulary.states import Cause, Status
 
 from .tracker import Tracker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,12 +14,14 @@ from typing import Any, TypeVar
 from celery_batchtrack import errors
 from celery_batchtrack.store import SlotTaken
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import Ticket, new_token
-from celery_batchtrack.vocabulary.records import Claimed, Ending, Evidence, Refused, Release, Settled
+from celery_batchtrack.vocabulary.records import Claimed, Ending, Refused, Release, Settled
 from celery_batchtrack.vocabulary.states import Cause, Detector, Status, Verdict
 
-from . import blackbox, dispatch, failpoints, finish, recovery, spool
-from .blackbox import Boxes, Page, Phase
+from . import blackbox, dispatch, failpoints, fatal, finish, recovery, spool
+from .blackbox import Page, Phase
+from .folders import Boxes
 from .identity import WorkerIdentity
 from .tracker import Tracker
 
@@ -57,7 +60,8 @@ class Runner:
         slot = blackbox.slot_name(depth)
         page = self.boxes.page(slot)
         token = new_token()
-        page.enter(ticket.key, token)
+        self._check_evidence(slot, page)
+        page.enter(ticket.key, token, stall_timeout=(policy or {}).get("stall_timeout") or 0.0)
         try:
             answer = self._answered(ticket, token, slot, policy)
         except BaseException:  # a time limit, or the end of the process, while it waited
@@ -71,6 +75,15 @@ class Runner:
         page.phase(Phase.RUNNING)
         page.given_up.clear()  # the slot was free: none of them holds a row
         return Run(ticket, answer, slot, page, task)
+
+    def _check_evidence(self, slot: str, page: Page) -> None:
+        """What will be missing in a dossier is said once, before it is missed."""
+        fatal.cover_thread()
+        if fatal.just_lost():
+            self.tracker.emit(events.StacksMissing(os.getpid()))
+        if page.trouble is not None:
+            self.tracker.emit(events.BlackBoxMissing(slot, page.trouble))
+            page.trouble = None
 
     def _answered(
         self, ticket: Ticket, token: uuid.UUID, slot: str, policy: dict[str, Any] | None

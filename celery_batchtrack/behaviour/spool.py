@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.records import Ending, Evidence
+from celery_batchtrack.vocabulary.records import Ending
 from celery_batchtrack.vocabulary.states import Cause, Status
 
 
@@ -60,19 +61,13 @@ def _as_json(spooled: Spooled) -> dict[str, object]:
         "result": ending.result,
         "cause": ending.cause,
         "keep_signature": ending.keep_signature,
-        "evidence": None if evidence is None else {
-            "cause": evidence.cause.value, "phase": evidence.phase, "message": evidence.message,
-            "traceback": evidence.traceback, "hostname": evidence.hostname, "worker": evidence.worker,
-            "pid": evidence.pid,
-        },
-    }  # fmt: skip
+        "evidence": None if evidence is None else evidence.as_json(),
+    }
 
 
 def _from_json(value: dict[str, object]) -> Spooled:
     evidence = value["evidence"]
-    found = None
-    if isinstance(evidence, dict):
-        found = Evidence(**{**evidence, "cause": Cause(evidence["cause"])})
+    found = Evidence.from_json(evidence) if isinstance(evidence, dict) else None
     cause = None if value["cause"] is None else Cause(str(value["cause"]))
     result = None if value["result"] is None else str(value["result"])
     ending = Ending(Status(str(value["status"])), result, cause, found, bool(value.get("keep_signature")))

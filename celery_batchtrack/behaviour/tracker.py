@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from celery_batchtrack.store import Store
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.ids import Ticket
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow
 from celery_batchtrack.vocabulary.settings import Settings
@@ -59,6 +60,10 @@ class Codec(Protocol):
     def loads(self, text: str) -> Any: ...
 
 
+def _policy_on_the_row(row: ChildRow, batch: BatchRow) -> RowPolicy | None:
+    return RowPolicy.from_option(row.policy) if row.policy else None
+
+
 def _nobody(event: events.Event) -> None:
     return None
 
@@ -72,6 +77,10 @@ class Tracker:
     publisher: Publisher
     codec: Codec
     emit: Callable[[events.Event], None] = field(default=_nobody)
+    #: The policy of a row, also of one that was never claimed; None where this process does not know its task.
+    policy_of: Callable[[ChildRow, BatchRow], RowPolicy | None] = field(default=_policy_on_the_row)
+    #: Of what runs here (Python, Celery, this package, the application), for evidence.
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def store_id(self) -> uuid.UUID:

@@ -12,15 +12,22 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from celery.worker import state
 
 from celery_batchtrack import __version__, errors
 from celery_batchtrack.behaviour import blackbox, detector, finish, hosts, retention, run
-from celery_batchtrack.behaviour.blackbox import Boxes
 from celery_batchtrack.behaviour.detector import Death, Reconciler, Sweeper
+from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.identity import WorkerIdentity
+from celery_batchtrack.behaviour.memory import KernelKills, Peaks
+from celery_batchtrack.behaviour.stalls import StallWatch
 from celery_batchtrack.behaviour.tracker import Tracker
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import Ticket
-from celery_batchtrack.vocabulary.records import Evidence, Settled
+from celery_batchtrack.vocabulary.records import Settled
 from celery_batchtrack.vocabulary.states import Cause, Status
 
 logger = logging.getLogger("celery_batchtrack")
@@ -29,6 +36,8 @@ Job = Callable[[], object]
 
 #: Seconds between two looks for batches whose retention is over.
 _PRUNE_EVERY = 3600.0
+#: Deaths by SIGKILL that are told twice are explained once; of so many the answer is remembered.
+_REMEMBERED = 64
 
 
 class Pulse:
@@ -86,8 +95,13 @@ class Pulse:
 class Attendant:
     """Delivers verdicts, reconciles rows with black boxes, and sweeps when a sweep is overdue."""
 
-    def __init__(self, tracker: Tracker, worker: WorkerIdentity, boxes: Boxes) -> None:
-        self.tracker, self.worker, self.boxes = tracker, worker, boxes
+    def __init__(
+        self, tracker: Tracker, worker: WorkerIdentity, boxes: Boxes, on_beat: Job = lambda: None
+    ) -> None:
+        self.tracker, self.worker, self.boxes, self._on_beat = tracker, worker, boxes, on_beat
+        self.stalls = StallWatch(tracker, worker, boxes)
+        self._kernel, self._peaks = KernelKills(), Peaks()
+        self._explained: collections.OrderedDict[int, str | None] = collections.OrderedDict()
         self.reconciler = Reconciler(tracker, worker, boxes)
         self.sweeper = Sweeper(tracker, worker.name, boxes.base, worker)
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -99,7 +113,20 @@ class Attendant:
 
     def died(self, death: Death) -> None:
         """A pool process died, or is being killed."""
-        self._inbox.put(lambda: detector.process_died(self.tracker, self.worker, self.boxes, death))
+        self._inbox.put(lambda: self._judge(death))
+
+    def _judge(self, death: Death) -> None:
+        """Kept and tried again while the database is away: what the kernel says is asked once."""
+        peak = self._peaks.of_the_dead(death.pid)
+        if death.signal == "SIGKILL" and death.cause is Cause.SIGNAL:
+            if death.pid not in self._explained:
+                self._explained[death.pid] = self._kernel.was(death.pid)
+                while len(self._explained) > _REMEMBERED:
+                    self._explained.popitem(last=False)
+            why = self._explained[death.pid]
+            if why is not None:
+                death = replace(death, cause=Cause.OOM, message=f"out of memory: {why}")
+        detector.process_died(self.tracker, self.worker, self.boxes, replace(death, peak_memory=peak))
 
     def unstarted(self, ticket: Ticket, status: Status, cause: Cause, message: str) -> None:
         """A message was consumed without reaching its task."""
@@ -109,6 +136,18 @@ class Attendant:
         evidence = self._evidence(cause, "before_claim", message)
         settled = self.tracker.store.settle_unstarted(ticket.key, ticket.attempt, status, evidence)
         finish.after(self.tracker, ticket.key, settled)
+
+    def gives_way(self, request: Any) -> None:
+        """A suspect for which this worker was not free in time: its message goes, its row is sent again later."""
+        ticket = request.batchtrack_ticket
+        request.acknowledge()
+        state.task_ready(request)
+        if ticket is not None:
+            self._inbox.put(lambda: self.tracker.store.postpone(ticket.key, ticket.attempt, self._patience))
+
+    @property
+    def _patience(self) -> float:
+        return self.tracker.settings.isolation_patience
 
     def terminated(self, ticket: Ticket, message: str) -> None:
         """A task was revoked with `terminate`, running or not."""
@@ -143,10 +182,13 @@ class Attendant:
         prune_at = time.monotonic() + _PRUNE_EVERY
         while not self._closing.is_set():
             pause = min(0.5, due - time.monotonic()) if self._waiting else due - time.monotonic()
-            self._take(max(0.0, pause))
+            self._take(max(0.0, min(pause, self.stalls.interval)))
+            self._guarded(self._end_stalled)
             if time.monotonic() >= due:
                 due = time.monotonic() + heartbeat
+                self._guarded(self._look_at_processes)
                 self._guarded(self.reconciler.beat)
+                self._guarded(self._on_beat)
                 self._guarded(self._sweep_if_overdue)
             if time.monotonic() >= prune_at:
                 prune_at = time.monotonic() + _PRUNE_EVERY
@@ -158,6 +200,16 @@ class Attendant:
             if other.name == self.worker.name and other.id != self.worker.id and other.kind == "worker":
                 self.tracker.store.suspect_now(other.id)  # the name proves nothing: two may share it
         self.sweeper.sweep()
+
+    def _end_stalled(self) -> None:
+        for death in self.stalls.look():
+            self._judge(death)
+
+    def _look_at_processes(self) -> None:
+        """What can be asked only while they live."""
+        pids = {blackbox.slot_process(slot)[0] for slot, _ in self.boxes.pages()}
+        self._peaks.sample(pids)
+        self._kernel.look(pids)
 
     def _sweep_if_overdue(self) -> None:
         if self.sweeper.overdue():

@@ -12,10 +12,11 @@ from celery import current_task
 from celery.result import assert_will_not_block
 
 from celery_batchtrack import errors
-from celery_batchtrack.behaviour import dispatch, finish, report
+from celery_batchtrack.behaviour import dispatch, finish, report, results
 from celery_batchtrack.behaviour.report import Report
+from celery_batchtrack.vocabulary.evidence import IncidentRow
 from celery_batchtrack.vocabulary.ids import uuid7
-from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, IncidentRow, NewBatch, NewChild, Progress
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, NewBatch, NewChild, Progress
 from celery_batchtrack.vocabulary.states import BatchStatus, EndReason, Kind, Status
 
 from . import codec, signatures
@@ -128,9 +129,12 @@ class Batch:
             )
         self._check_whole()
         for child in children:
-            self._buffer.append(signatures.new_child(self._extension.app, child, {}, "a child"))
+            self._buffer.append(signatures.new_child(self._extension.app, child, {}, "a child", self._stored()))
             if len(self._buffer) >= self._extension.settings.insert_chunk:
                 self._flush()
+
+    def _stored(self) -> dict[str, Any]:
+        return {} if self._options is None else self._options.stored
 
     def add_many(self, children: Iterable[Any]) -> None:
         """Add the children of any iterable; it is read as it is written."""
@@ -289,9 +293,9 @@ class Batch:
         return (Child(row) for row in rows)
 
     def results(self) -> Iterator[Any]:
-        """Results of completed children in order, in bounded memory."""
-        for text in self._extension.store.results(self.id):
-            yield None if text is None else codec.loads(text)
+        """Results of header positions in order, in bounded memory: of those of which something completed. The parts of
+        a child that was split are merged as its task says."""
+        return results.of_batch(self._extension.tracker, self.id)
 
     def incidents(self) -> list[IncidentRow]:
         """Evidence of every attempt that did not complete, oldest first."""
@@ -309,6 +313,17 @@ class Batch:
         False if it had ended already.
         """
         return finish.cancel(self._extension.tracker, self.id, terminate=terminate) is not None
+
+    def pause(self) -> bool:
+        """Start none of its children any more; what runs goes on, and may end the batch.
+
+        False if it was paused already, or has ended.
+        """
+        return finish.pause(self._extension.tracker, self.id)
+
+    def resume(self) -> bool:
+        """Go on after `pause`, or after the breaker (``max_crash_rate``) paused it. False if it was not paused."""
+        return finish.resume(self._extension.tracker, self.id)
 
 
 def captured(extension: BatchTrack) -> dict[str, Any]:
@@ -357,7 +372,7 @@ def start(
     """Create a sealed batch from signatures, in one transaction, and send its children."""
     headers = captured(extension)
     children = [
-        signatures.new_child(extension.app, each, overrides or {}, f"header element {at}")
+        signatures.new_child(extension.app, each, overrides or {}, f"header element {at}", options.stored)
         for at, each in enumerate(header)
     ]
     new = new_batch(extension, options, uuid7(), headers, errbacks=errbacks, body_id=body_id)

@@ -11,14 +11,16 @@ from .tracked_task import current_run
 
 def current_batch() -> Batch | None:
     """The batch of the running child or callback; None outside one."""
-    run = current_run()
-    return None if run is None else Batch._handle(BatchTrack.of(current_task.app), run.ticket.key.batch_id)
+    current = current_run()
+    if current is None:
+        return None
+    return Batch._handle(BatchTrack.of(current_task.app), current.run.ticket.key.batch_id)
 
 
 def current_child() -> Child | None:
     """The row of the running child or callback, read now; None outside one."""
-    run = current_run()
-    if run is None:
+    current = current_run()
+    if current is None:
         return None
-    row = BatchTrack.of(current_task.app).store.child(run.ticket.key)
+    row = BatchTrack.of(current_task.app).store.child(current.run.ticket.key)
     return None if row is None else Child(row)

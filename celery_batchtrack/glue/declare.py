@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
 from celery.app.task import Task
 from celery.local import Proxy
 
 from celery_batchtrack import errors
-from celery_batchtrack.vocabulary.policies import ON_CRASH, ON_CRASH_LATER, RerunPolicy
-from celery_batchtrack.vocabulary.settings import suggestion
+from celery_batchtrack.vocabulary.crash_policy import CrashPolicy, RowPolicy
+from celery_batchtrack.vocabulary.settings import seconds, suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,6 +23,9 @@ MARK = "__batchtrack__"
 ATTRIBUTE = "batchtrack"
 
 _LONGEST_IDENTIFIER = 255
+#: Ways to make one result of several that need no code.
+MERGES = ("list", "concat", "sum")
+_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +34,31 @@ class TaskOptions:
 
     items: str | Callable[..., Any] | None = None
     item_id: str | tuple[str, ...] | Callable[[Any], Any] | None = None
-    on_crash: str = "as_acks"
+    on_crash: str | CrashPolicy = "as_acks"
     max_crashes: int | None = None
+    merge: str | None = None
+    results: str = "store"
+    stall_timeout: float | None = None
     store_arguments: bool = False
+    #: What `on_crash` and `max_crashes` come to.
+    policy: CrashPolicy = field(default_factory=CrashPolicy)
 
     @classmethod
     def validated(cls, options: Mapping[str, Any]) -> TaskOptions:
         """Raises InvalidOption for unknown names and wrong values."""
-        known = list(cls.__slots__)
+        known = [name for name in cls.__slots__ if name != "policy"]
         for name in options:
             if name not in known:
                 raise errors.InvalidOption(f"tracked() has no option {name!r}{suggestion(name, known)}")
         values = dict(options)
         if isinstance(values.get("item_id"), list):
             values["item_id"] = tuple(values["item_id"])
+        values["policy"] = CrashPolicy.parse(values.get("on_crash", "as_acks"), values.get("max_crashes"))
+        values["merge"] = _merge_path(values.get("merge"))
+        values["stall_timeout"] = _stall_timeout(values.get("stall_timeout"))
         made = cls(**values)
         made._check()
+        made.check_policy(made.policy, "tracked()")
         return made
 
     def _check(self) -> None:
@@ -59,16 +72,50 @@ class TaskOptions:
             raise errors.InvalidOption(f"item_id must be names or a callable, not {self.item_id!r}")
         if self.item_id is not None and self.items is None:
             raise errors.InvalidOption("item_id needs items: which argument holds the items?")
-        if self.on_crash in ON_CRASH_LATER:
+        if self.results not in ("store", "none"):
+            raise errors.InvalidOption(f"results must be 'store' or 'none', not {self.results!r}")
+
+    def check_policy(self, policy: CrashPolicy, who: str, *, results: str = "store") -> None:
+        """Whether a task with these options can follow a policy. `results`: those of its batch."""
+        if (policy.splits or policy.quarantine_after is not None) and not isinstance(self.items, str):
+            wanted = f"on_crash={policy.on_crash!r}" if policy.splits else "quarantine_after"
             raise errors.InvalidOption(
-                f"on_crash={self.on_crash!r} is not supported by this version yet; use one of {ON_CRASH}"
+                f"{who}: {wanted} needs items= to name the argument that holds the items, so that they can be taken "
+                "apart"
             )
-        if self.on_crash not in ON_CRASH:
-            hint = suggestion(str(self.on_crash), list(ON_CRASH))
-            raise errors.InvalidOption(f"on_crash must be one of {ON_CRASH}, not {self.on_crash!r}{hint}")
-        crashes = self.max_crashes
-        if crashes is not None and (isinstance(crashes, bool) or not isinstance(crashes, int) or crashes < 1):
-            raise errors.InvalidOption(f"max_crashes must be a whole number of at least 1, not {crashes!r}")
+        if policy.splits and self.merge is None and "none" not in (self.results, results):
+            raise errors.InvalidOption(
+                f"{who}: on_crash={policy.on_crash!r} splits a child, but its header position has one result: say "
+                "how parts become one (merge='concat', 'sum', 'list', or the path of a callable), or that nobody "
+                "reads results (results='none')"
+            )
+
+
+def _merge_path(value: Any) -> str | None:
+    """The name or path of a `merge`. Raises InvalidOption."""
+    if callable(value):
+        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "<")
+        if not module or "<" in name:
+            raise errors.InvalidOption(f"merge must be importable by its path, which {value!r} is not")
+        return f"{module}:{name}"
+    if value is None or (isinstance(value, str) and (value in MERGES or _PATH.fullmatch(value))):
+        return value
+    hint = suggestion(str(value), list(MERGES))
+    raise errors.InvalidOption(
+        f"merge must be one of {MERGES} or a callable's path ('shop.tasks:join'), not {value!r}{hint}"
+    )
+
+
+def _stall_timeout(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        timeout = seconds(value)
+    except ValueError as error:
+        raise errors.InvalidOption(f"stall_timeout: {error}") from None
+    if not timeout > 0:
+        raise errors.InvalidOption(f"stall_timeout must be more than 0 seconds, not {value!r}")
+    return timeout
 
 
 @overload
@@ -78,7 +125,9 @@ def tracked(function: F, /) -> F: ...
 @overload
 def tracked(
     *, items: str | Callable[..., Any] | None = ..., item_id: str | Sequence[str] | Callable[[Any], Any] | None = ...,
-    on_crash: str = ..., max_crashes: int | None = ..., store_arguments: bool = ...,
+    on_crash: str | CrashPolicy = ..., max_crashes: int | None = ...,
+    merge: str | Callable[[list[Any]], Any] | None = ...,
+    results: str = ..., stall_timeout: float | None = ..., store_arguments: bool = ...,
 ) -> Callable[[F], F]: ...  # fmt: skip
 
 
@@ -90,8 +139,16 @@ def tracked(function: Any = None, /, **options: Any) -> Any:
         item_id: key(s) or attribute(s) of an item, or ``callable(item)``. Several are joined by ``:``,
             missing ones left out. Without it, items that are strings or numbers identify themselves.
         on_crash: ``"as_acks"`` (default: what the task told Celery by ``acks_late`` and
-            ``reject_on_worker_lost``), ``"record"`` or ``"retry"``.
+            ``reject_on_worker_lost``), ``"record"``, ``"retry"``, ``"bisect"`` (the items go to two successors, again
+            and again, until the one that kills is alone), ``"skip"`` (the item in hand alone is crashed, all others
+            run again), ``"resume"`` (only those after it run; needs ``each_item(…, done="on_next")``), or a
+            `CrashPolicy`.
         max_crashes: the death that ends the child, under policies that run it again.
+        merge: how the results of a split child's parts become one: ``"list"``, ``"concat"``, ``"sum"``, or the path of
+            a callable that takes them in a list, in the order of the items.
+        results: ``"none"`` if nobody reads this task's results: then they are not kept.
+        stall_timeout: seconds without an item or a note (`each_item`, `note`) after which the process is killed and
+            the child crashed as ``stalled``; prefork only. Default: never.
         store_arguments: keep the stored arguments after the child completed.
 
     Outside a batch the task works as if undecorated. Errors: `errors.InvalidOption`.
@@ -151,17 +208,44 @@ def _marked(task: Any) -> TaskOptions | None:
     return None
 
 
-def policy_of(task: Any, max_crashes: int) -> RerunPolicy:
-    """What happens to a child of this task when its process or worker dies."""
+def policy_of(
+    task: Any, max_crashes: int, override: Mapping[str, Any] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> RowPolicy:
+    """What happens to this child of the task when its process or worker dies. `override`: its batch's own policy."""
     options = options_of(task)
-    return RerunPolicy.resolve(
-        options.on_crash,
-        options.max_crashes or max_crashes,
+    declared = options.policy.overridden(override)
+    needs_items = declared.splits or declared.quarantine_after is not None
+    return RowPolicy.resolve(
+        declared,
+        max_crashes,
         acks_late=bool(task.acks_late),
         reject_on_worker_lost=bool(task.reject_on_worker_lost),
         retry_on_worker_lost=bool(getattr(task, "retry_on_worker_lost", False)),
         acks_on_timeout=bool(getattr(task, "acks_on_timeout", True)),
+        items=items_path(task, args, kwargs) if needs_items else None,
+        merge=options.merge,
+        stall_timeout=options.stall_timeout,
     )
+
+
+def items_path(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str | int, ...] | None:
+    """Where the items stand in a call: ("args", 0), ("kwargs", "docs"), …; None where they are no list of its own."""
+    name = options_of(task).items
+    if not isinstance(name, str):
+        return None
+    if name in kwargs:
+        return ("kwargs", name)
+    positional = [
+        each.name for each in inspect.signature(task.run).parameters.values()
+        if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    ]  # fmt: skip
+    if name in positional[: len(args)]:
+        return ("args", positional.index(name))
+    for at, nested in enumerate(args):
+        if isinstance(nested, dict) and name in nested:
+            return ("args", at, name)
+    holders = (key for key, nested in kwargs.items() if isinstance(nested, dict) and name in nested)
+    return next((("kwargs", key, name) for key in holders), None)
 
 
 def items_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
@@ -210,11 +294,16 @@ def _argument(task: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, An
 
 def _identifier(item: Any, how: Any, task: Any, at: int) -> str:
     try:
-        value = _identify(item, how)
+        return identifier(item, how, at)
     except Exception as error:
         raise errors.InvalidOption(
             f"{task.name}: item {at} has no identifier by item_id={how!r} ({type(error).__name__}: {error})"
         ) from error
+
+
+def identifier(item: Any, how: Any, at: int) -> str:
+    """How an item is called: by `item_id`; by its index where it has no name. Raises what reading it raises."""
+    value = _identify(item, how)
     text = f"[{at}]" if value is None else str(value)
     text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
     return text[:_LONGEST_IDENTIFIER]

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import logging
 import os
+import platform
 import socket
 import threading
 import uuid
@@ -14,22 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import celery
 from celery import current_app
 from celery._state import _get_active_apps
 
-from celery_batchtrack import errors
-from celery_batchtrack.behaviour import blackbox, retention
-from celery_batchtrack.behaviour.blackbox import Boxes
+from celery_batchtrack import __version__, errors
+from celery_batchtrack.behaviour import blackbox, fatal, folders, hosts, retention
 from celery_batchtrack.behaviour.detector import Sweep, Sweeper
+from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.identity import WorkerIdentity
 from celery_batchtrack.behaviour.run import Runner
 from celery_batchtrack.behaviour.tracker import Tracker
 from celery_batchtrack.store import Store
+from celery_batchtrack.vocabulary.crash_policy import RowPolicy
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow
 from celery_batchtrack.vocabulary.settings import Settings
 
-from . import codec, configuration, narrate, worker
+from . import codec, configuration, declare, narrate, signatures, worker
 from .attendant import Attendant, Pulse
 from .embedded import alias
+from .isolation import Gate, IsolatedQueues
 from .publish import AppPublisher
 from .request import TrackedRequest
 from .tracked_task import track
@@ -90,6 +95,8 @@ class BatchTrack:
         self._eager: tuple[int, WorkerIdentity] | None = None
         self._worker_pid: int | None = None
         self._base: tuple[Path | None] | None = None  # folder of the black boxes, once chosen
+        self.gate: Gate | None = None
+        self.isolated_queues = IsolatedQueues()
         app.batchtrack = self
         self._install()
 
@@ -113,6 +120,7 @@ class BatchTrack:
         app = self.app
         app.steps["worker"].add(worker.AttendanceStep)
         app.steps["consumer"].add(worker.UndecodableStep)
+        app.steps["consumer"].add(worker.IsolationStep)
         worker.connect(self)
         self._define_tasks()
         app.on_after_configure.connect(self._schedule, weak=False)
@@ -205,7 +213,29 @@ class BatchTrack:
             configuration.database_url(self.app, settings), auto_migrate=settings.auto_migrate,
             engine_options=settings.engine_options,
         )  # fmt: skip
-        return Tracker(store, settings, AppPublisher(self.app), codec, narrate.subscriber(self.app))
+        return Tracker(
+            store, settings, AppPublisher(self.app), codec, narrate.subscriber(self.app), self._policy_of,
+            self._versions(settings),
+        )  # fmt: skip
+
+    def _policy_of(self, row: ChildRow, batch: BatchRow) -> RowPolicy | None:
+        """Of a row that was never claimed, as its task and its batch declare it; None for a task unknown here."""
+        if row.policy:
+            return RowPolicy.from_option(row.policy)
+        task = self.app._tasks.get(row.task)
+        if task is None:
+            return None
+        call = signatures.parsed(row.signature)
+        return declare.policy_of(
+            task, self.settings.max_crashes, batch.options.get("on_crash"), call.get("args") or (),
+            call.get("kwargs") or {},
+        )  # fmt: skip
+
+    def _versions(self, settings: Settings) -> dict[str, str]:
+        known = {
+            "python": platform.python_version(), "celery": celery.__version__, "celery_batchtrack": __version__
+        }  # fmt: skip
+        return {**known, "app": settings.app_version} if settings.app_version else known
 
     @property
     def store(self) -> Store:
@@ -234,15 +264,48 @@ class BatchTrack:
     def begin_worker(self, name: str, pool: str) -> None:
         """In the main process, before its pool forks."""
         tracker = self.tracker
-        identity = WorkerIdentity(name, "worker", pool)
-        base = blackbox.choose_folder(tracker.settings.blackbox_dir)
+        identity = WorkerIdentity(name, "worker", pool, versions=tracker.versions)
+        base = folders.choose_folder(tracker.settings.blackbox_dir)
         if base is None:
             logger.warning("action=no_blackbox no writable folder: crashes are known by row, not by black box")
         boxes = Boxes(base, identity.id)
         boxes.create()
         self._check_schema()
         self._worker, self._worker_pid = (identity, boxes), os.getpid()
-        self._pulse, self.attendant = Pulse(tracker, identity), Attendant(tracker, identity, boxes)
+        self.isolated_queues = IsolatedQueues()
+        self._pulse = Pulse(tracker, identity)
+        self.attendant = Attendant(tracker, identity, boxes, self._adopt_isolated)
+        self.gate = Gate(tracker.settings.isolation_patience, self.attendant.gives_way)
+        if pool != "prefork":
+            self._keep_stacks()  # its children run in this very process
+
+    def begin_pool_process(self) -> None:
+        """In a fresh pool process: its black box, and a file for the stack of a fatal signal."""
+        if self._worker is None:
+            return
+        self._worker[1].page(blackbox.slot_name())
+        self._keep_stacks()
+
+    def _keep_stacks(self) -> None:
+        assert self._worker is not None
+        pid = os.getpid()
+        path = self._worker[1].stack_path(pid, hosts.started(pid))
+        if path is None:
+            return
+        try:
+            kept = fatal.install(path, self.settings.faulthandler)
+        except (OSError, RuntimeError, ValueError) as error:
+            logger.warning("action=no_stacks %s cannot be written: incidents have no Python stack: %s", path, error)
+            return
+        if not kept and self.settings.faulthandler is None:
+            logger.warning(
+                "action=no_stacks the application uses faulthandler itself, which stays as it is: incidents of fatal "
+                "signals have no Python stack (batchtrack_faulthandler = True takes it over; False keeps this quiet)"
+            )
+
+    def _adopt_isolated(self) -> None:
+        if self.settings.adopt_isolated:
+            self.isolated_queues.adopt(self.store.isolated_queues())
 
     def _check_schema(self) -> None:
         """Once before the fork, so that not every pool process has to."""
@@ -268,14 +331,16 @@ class BatchTrack:
         self._worker_pid = None
         self.attendant.close()
         self._pulse.stop()
+        fatal.uninstall()
         if self._worker is not None:
             self._worker[1].close_own_pages()
             self._worker[1].remove()
-        self._worker = self.attendant = self._pulse = None
+        self._worker = self.attendant = self._pulse = self.gate = None
 
     def end_pool_process(self) -> None:
-        """At a clean end of a pool process its pages go."""
+        """At a clean end of a pool process its pages go, and its file for stacks."""
         if self._worker is not None:
+            fatal.uninstall()
             self._worker[1].close_own_pages()
 
     @property
@@ -333,7 +398,7 @@ class BatchTrack:
     @property
     def sweeper(self) -> Sweeper:
         if self._base is None:
-            self._base = (blackbox.choose_folder(self.settings.blackbox_dir),)
+            self._base = (folders.choose_folder(self.settings.blackbox_dir),)
         base = self._base[0]
         own = self._worker[0] if self._worker is not None else None
         name = own.name if own is not None else f"{os.getpid()}@{socket.gethostname()}"

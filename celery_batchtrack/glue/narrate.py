@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from celery_batchtrack import signals
+from celery_batchtrack.behaviour import fatal
 from celery_batchtrack.vocabulary import events
-from celery_batchtrack.vocabulary.records import Evidence
+from celery_batchtrack.vocabulary.evidence import Evidence
 
 logger = logging.getLogger("celery_batchtrack")
 
@@ -26,12 +27,22 @@ def _crashed(event: events.ChildCrashed) -> tuple[int, str, tuple[Any, ...]]:
     evidence = event.evidence
     items = ", ".join(event.items[:5]) + (f", … ({len(event.items)} items)" if len(event.items) > 5 else "")
     return logging.ERROR, (
-        "action=child_crashed %s %s died of %s in attempt %d (%s, host %s, pid %s, noticed by %s): %s; items: %s"
+        "action=child_crashed %s %s died of %s in attempt %d%s%s (%s, host %s, pid %s, noticed by %s): %s; items: %s"
     ), (
-        event.key, event.task, how_it_died(evidence), event.attempt, evidence.phase.replace("_", " "),
-        evidence.hostname, evidence.pid, evidence.detected_by,
-        "it runs again" if event.runs_again else "it is recorded as crashed", items or "none declared",
+        event.key, event.task, how_it_died(evidence), event.attempt,
+        f" in {evidence.python_frame}" if evidence.python_frame else "",
+        f" with {evidence.item} in hand" if evidence.item else "",
+        evidence.phase.replace("_", " "), evidence.hostname, evidence.pid, evidence.detected_by, _what_next(event),
+        items or "none declared",
     )  # fmt: skip
+
+
+def _what_next(event: events.ChildCrashed) -> str:
+    if event.successors:
+        return f"its items go on in {event.successors} other {'child' if event.successors == 1 else 'children'}"
+    if event.runs_again:
+        return "it runs again, alone" if event.isolated else "it runs again"
+    return "it is recorded as crashed"
 
 
 def _away(event: events.DatabaseAway) -> tuple[int, str, tuple[Any, ...]]:
@@ -85,12 +96,39 @@ _LINES: dict[type, Callable[[Any], tuple[int, str, tuple[Any, ...]]]] = {
     events.ZombieTerminated: lambda e: (
         logging.WARNING, "action=zombie_terminated pid %d still ran %s, but %s", (e.pid, e.key, e.reason),
     ),
+    events.BatchPaused: lambda e: (
+        logging.ERROR, "action=batch_paused %s: %s; `batchtrack resume %s` goes on", (e.batch_id, e.reason, e.batch_id),
+    ),
+    events.BatchResumed: lambda e: (logging.WARNING, "action=batch_resumed %s", (e.batch_id,)),
+    events.Quarantined: lambda e: (
+        logging.ERROR, "action=quarantined %s of %s has killed often enough (last in %s) and is not sent again; "
+        "`batchtrack quarantine release` lets it go", (e.item, e.task, e.key),
+    ),
+    events.Withheld: lambda e: (
+        logging.WARNING, "action=withheld %s %s: in quarantine, so counted as crashed and not sent: %s",
+        (e.key, e.task, ", ".join(e.items[:5]) + (", …" if len(e.items) > 5 else "")),
+    ),
+    events.Stalled: lambda e: (
+        logging.ERROR, "action=stalled %s made no progress for %g s in pid %d: %s",
+        (e.key, e.seconds, e.pid, "its process is killed" if e.killed else "it runs on: a thread cannot be ended"),
+    ),
+    events.BlackBoxMissing: lambda e: (
+        logging.WARNING, "action=no_blackbox slot %s has none (%s): its children are tracked, but not the item in hand",
+        (e.slot, e.error),
+    ),
+    events.StacksMissing: lambda e: (
+        logging.WARNING, "action=no_stacks faulthandler was switched off by the application in pid %d: a fatal signal "
+        "there will leave no Python stack", (e.pid,),
+    ),
 }  # fmt: skip
 
 
 def log(event: events.Event) -> None:
     level, text, arguments = _LINES[type(event)](event)
     logger.log(level, text, *arguments)
+    if isinstance(event, events.ChildCrashed) and event.evidence.stack and fatal.echoed():
+        logger.error("action=fatal_stack of %s, which faulthandler was asked to write here:\n%s",
+                     event.key, event.evidence.stack)  # fmt: skip
 
 
 def send(app: Any, event: events.Event) -> None:

@@ -56,6 +56,10 @@ def call_of(message: Message) -> tuple[list[Any], dict[str, Any], dict[str, Any]
     )
     if row.kind == "child":
         options.update(group_id=str(batch.id), ignore_result=True)
+    if row.rerouted:
+        options.pop("exchange", None)
+        options.pop("routing_key", None)
+        options["queue"] = row.queue
     if row.not_before is not None:
         options["eta"] = row.not_before
     if row.expires_at is not None:

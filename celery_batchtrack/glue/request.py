@@ -15,6 +15,7 @@ from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 
 from celery_batchtrack.behaviour import hosts
 from celery_batchtrack.behaviour.detector import Death
+from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.ids import HEADER, Ticket
 from celery_batchtrack.vocabulary.states import Cause, Status
 
@@ -33,6 +34,16 @@ class TrackedRequest:
     def batchtrack_ticket(self: Any) -> Ticket | None:
         header = self.request_dict.get(HEADER)
         return Ticket.from_header(header) if header is not None else None
+
+    def execute_using_pool(self: Any, pool: Any, **kwargs: Any) -> Any:
+        """A suspect waits until its worker is free of all others, and they wait for its end."""
+        header = self.request_dict.get(HEADER)
+        gate = getattr(self.app.batchtrack, "gate", None)
+        if gate is None or gate.lets_through(self, isolated=header is not None and header.get("isolated") is True):
+            return super().execute_using_pool(pool, **kwargs)  # type: ignore[misc]
+        start = super().execute_using_pool  # type: ignore[misc]
+        gate.hold(self, lambda: start(pool, **kwargs))
+        return None
 
     def on_accepted(self: Any, pid: int, time_accepted: float) -> None:
         if HEADER in self.request_dict:
@@ -110,7 +121,13 @@ def _died(
         return
     extension.attendant.died(
         Death(
-            request.worker_pid, request._batchtrack_started, cause, ticket,
-            declare.policy_of(request.task, extension.settings.max_crashes), signal, exit_code, message,
+            request.worker_pid, request._batchtrack_started, cause, ticket, _policy(request, extension, ticket), signal,
+            exit_code, message,
         )
     )  # fmt: skip
+
+
+def _policy(request: Any, extension: Any, ticket: Ticket) -> RowPolicy:
+    """For a death before the claim, of which the process itself never told."""
+    args, kwargs = getattr(request, "_args", None) or (), getattr(request, "_kwargs", None) or {}
+    return declare.policy_of(request.task, extension.settings.max_crashes, ticket.on_crash, args, kwargs)

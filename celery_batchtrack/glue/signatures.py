@@ -94,13 +94,17 @@ def _plain_option(value: Any) -> Any:
     return value.name if isinstance(value, Queue) else value
 
 
-def new_child(app: Any, value: Any, overrides: Mapping[str, Any], role: str) -> NewChild:
-    """A header child's row. `overrides` are options of the whole batch, as Celery's chord passes them on."""
+def new_child(
+    app: Any, value: Any, overrides: Mapping[str, Any], role: str, batch: Mapping[str, Any] | None = None
+) -> NewChild:
+    """A header child's row. `overrides` are options of all its tasks, as Celery's chord passes them on; `batch` what
+    the batch keeps of its own options."""
     signature = plain_signature(app, value, role)
     options = {**(signature.get("options") or {}), **overrides}
     args, kwargs = tuple(signature.get("args") or ()), dict(signature.get("kwargs") or {})
     task = app.tasks.get(signature["task"])
     args, kwargs = _checked(task, args, kwargs)
+    _check_policy(task, role, batch or {})
     items, count = declare.items_of(task, args, kwargs) if task is not None else ((), 1)
     countdown, eta = _moment(options.get("countdown"), options.get("eta"), "eta")
     expires_in, expires_at = _moment(None, options.get("expires", getattr(task, "expires", None)), "expires")
@@ -118,6 +122,14 @@ def new_child(app: Any, value: Any, overrides: Mapping[str, Any], role: str) -> 
         expires_in=expires_in,
         expires_at=expires_at,
     )  # fmt: skip
+
+
+def _check_policy(task: Any, role: str, batch: Mapping[str, Any]) -> None:
+    """A batch's own crash policy may ask of a task what it did not declare."""
+    if task is not None and batch.get("on_crash"):
+        options = declare.options_of(task)
+        policy = options.policy.overridden(batch["on_crash"])
+        options.check_policy(policy, f"{role} ({task.name})", results=batch.get("results", "store"))
 
 
 def _checked(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

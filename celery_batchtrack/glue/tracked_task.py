@@ -11,7 +11,7 @@ import contextlib
 import pickle
 import threading
 import traceback
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -30,10 +30,12 @@ from celery.utils.imports import symbol_by_name
 from kombu.exceptions import OperationalError
 
 from celery_batchtrack import errors
+from celery_batchtrack.behaviour import dossier, memory
 from celery_batchtrack.behaviour.run import Run, Runner
+from celery_batchtrack.vocabulary.crash_policy import RowPolicy, backoff
+from celery_batchtrack.vocabulary.evidence import Evidence, application_frame, frames
 from celery_batchtrack.vocabulary.ids import HEADER, Ticket
-from celery_batchtrack.vocabulary.policies import backoff
-from celery_batchtrack.vocabulary.records import Ending, Evidence, Refused, Release
+from celery_batchtrack.vocabulary.records import Ending, Refused, Release
 from celery_batchtrack.vocabulary.states import Cause, Status
 
 from . import codec, declare, signatures
@@ -44,7 +46,30 @@ _WRONG_STORE_DELAY = 10
 _local = threading.local()
 
 
-def current_run() -> Run | None:
+@dataclass(slots=True)
+class CurrentRun:
+    """The child that runs in this thread."""
+
+    run: Run
+    task: Any
+    policy: RowPolicy
+    args: Any
+    kwargs: Any
+    #: It is within `each_item`.
+    walking: bool = False
+
+    def declared_items(self) -> object:
+        """The very argument that the task declares as its items; None where there is none, or it is computed."""
+        name = declare.options_of(self.task).items
+        if not isinstance(name, str):
+            return None
+        try:
+            return declare._argument(self.task, name, self.args, self.kwargs)
+        except errors.InvalidOption:
+            return None
+
+
+def current_run() -> CurrentRun | None:
     """The tracked run of this thread, innermost first; None outside a child."""
     runs = getattr(_local, "runs", None)
     return runs[-1] if runs else None
@@ -110,27 +135,28 @@ def _tracked(task: Any, parent: Any, ticket: Ticket, args: Any, kwargs: Any) -> 
     runner: Runner = extension.runner
     if ticket.store_id != _store_id(runner, ticket):
         _send_elsewhere(task, runner, ticket)
-    policy = declare.policy_of(task, runner.tracker.settings.max_crashes).as_option()
+    options = declare.options_of(task)
+    policy = declare.policy_of(task, runner.tracker.settings.max_crashes, ticket.on_crash, args, kwargs)
     runs = _local.__dict__.setdefault("runs", [])
-    run = runner.claim(ticket, task.name, policy, depth=len(runs))
+    run = runner.claim(ticket, task.name, policy.as_option(), depth=len(runs))
     if isinstance(run, Refused):
         raise Ignore(run.reason)
     _note_attempt(task.request, run)
-    runs.append(run)
+    current = CurrentRun(run, task, policy, args, kwargs)
+    runs.append(current)
     try:
         try:
             result = _call_through(parent, task, *_bound(task, ticket, args, kwargs))
-            text = codec.dumps(result) if ticket.keep_result else None
+            text = codec.dumps(result) if ticket.keep_result and options.results != "none" else None
         except BaseException as error:  # noqa: BLE001 (every end of a run is reported, SystemExit too)
             _ended_badly(task, runner, run, error)
-        keep = declare.options_of(task).store_arguments
-        runner.settle(run, Ending(Status.COMPLETED, text, keep_signature=keep))
+        runner.settle(run, Ending(Status.COMPLETED, text, keep_signature=options.store_arguments))
         return result
     except Exception:
         run.page.clear()  # settled, or else lost between two lines (a soft time limit): the reconciliation looks
         raise
     finally:
-        runs.remove(run)
+        runs.remove(current)
 
 
 def _store_id(runner: Runner, ticket: Ticket) -> Any:
@@ -247,11 +273,15 @@ def _rejected(task: Any, runner: Runner, run: Run, error: Reject) -> None:
 
 
 def _unhappy(runner: Runner, run: Run, status: Status, cause: Cause, error: BaseException) -> Ending:
-    evidence = runner.worker.evidence(
-        cause, run.slot, None, message=_message(error),
-        traceback="".join(traceback.format_exception(error)) if cause is not Cause.IGNORED else None,
-    )  # fmt: skip
-    return Ending(status, cause=cause, evidence=evidence)
+    told: dict[str, Any] = {}
+    if cause is not Cause.IGNORED:
+        text = "".join(traceback.format_exception(error))
+        told = {
+            "traceback": text, "exception": type(error).__name__,
+            "python_frame": application_frame(frames(text)[::-1]), "peak_memory": memory.own_peak(),
+        }  # fmt: skip
+    evidence = runner.worker.evidence(cause, run.slot, None, message=_message(error), **told)
+    return Ending(status, cause=cause, evidence=dossier.of_failure(evidence, run.page))
 
 
 def _message(error: BaseException) -> str:
@@ -274,4 +304,4 @@ def _survives_pickling(error: Exception) -> bool:
         return False
 
 
-__all__ = ["TrackedTask", "current_run", "ticket_of", "track"]
+__all__ = ["CurrentRun", "TrackedTask", "current_run", "ticket_of", "track"]

@@ -59,6 +59,8 @@ class AttendanceStep(bootsteps.StartStopStep):  # type: ignore[misc]
         hub = getattr(worker, "hub", None)
         if hub is not None and hasattr(worker.pool, "maintain_pool"):
             hub.call_repeatedly(_MAINTAIN_POOL_EVERY, worker.pool.maintain_pool)
+        if worker.app.batchtrack.gate is not None:
+            worker.timer.call_repeatedly(_MAINTAIN_POOL_EVERY, worker.app.batchtrack.gate.tick)
 
     def stop(self, worker: Any) -> None:
         """Nothing: Celery stops dependents first, and the pool's children are still running."""
@@ -119,6 +121,15 @@ class UndecodableStep(bootsteps.StartStopStep):  # type: ignore[misc]
         consumer.on_decode_error = on_decode_error
 
 
+class IsolationStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Shows the consumer to who adds suspects' queues to it."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        consumer.app.batchtrack.isolated_queues.attach(consumer)
+
+
 def refused(app: Any, message: Any, text: str) -> None:
     _unstarted(app, message, Cause.CONTENT_REFUSED, text)
 
@@ -159,6 +170,9 @@ def connect(extension: Any) -> None:
             text = "expired before it started" if expired else "revoked before it started"
             extension.attendant.unstarted(ticket, Status.CANCELLED, cause, text)
 
+    def process_init(**_: Any) -> None:
+        extension.begin_pool_process()
+
     def process_shutdown(**_: Any) -> None:
         extension.end_pool_process()
 
@@ -174,6 +188,7 @@ def connect(extension: Any) -> None:
         (signals.task_unknown, unknown),
         (signals.task_rejected, rejected),
         (signals.task_revoked, revoked),
+        (signals.worker_process_init, process_init),
         (signals.worker_process_shutdown, process_shutdown),
         (signals.worker_shutdown, shutdown),
         (signals.worker_init, initialised),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from .batches import BatchWrites
+from .breaker import Pausing
 from .children import ChildWrites, SlotTaken
 from .dispatching import Dispatching
 from .pruning import Pruning
+from .quarantine import Quarantining
 from .queries import Queries
+from .splitting import Splitting
 from .verify import Verifying
 from .workers import WorkerWrites
 
 
-class Store(BatchWrites, ChildWrites, WorkerWrites, Dispatching, Queries, Pruning, Verifying):
+class Store(
+    BatchWrites, ChildWrites, Splitting, Quarantining, Pausing, WorkerWrites, Dispatching, Queries, Pruning, Verifying
+):  # fmt: skip
     """Everything the tracking database is asked, by topic."""
 
 

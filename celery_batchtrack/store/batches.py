@@ -51,6 +51,7 @@ class BatchWrites(Connected):
                 sa.insert(batch).values(
                     **values, status=BatchStatus.OPEN.value, created_at=now(), next_position=0,
                     watch_failure=f'"{Kind.ON_FIRST_FAILURE.value}"' in new.callbacks,
+                    watch_crashes=new.options.get("crash_rate") is not None,
                 )
             )  # fmt: skip
             connection.execute(sa.insert(tally), [{"batch_id": new.id, "shard": shard} for shard in range(new.shards)])
@@ -148,13 +149,26 @@ class BatchWrites(Connected):
         ).scalar_one()  # type: ignore[no-any-return, unused-ignore]
 
     def _counts(self, connection: sa.Connection, batch_id: uuid.UUID) -> tuple[int, int, int]:
+        """(completed, total, failed or crashed), in header positions: the parts of a split one count once."""
         row = connection.execute(
             sa.select(
                 sa.func.sum(tally.c.completed), sa.func.sum(tally.c.total),
                 sa.func.sum(tally.c.failed + tally.c.crashed),
             ).where(tally.c.batch_id == batch_id)
         ).one()  # fmt: skip
-        return int(row[0] or 0), int(row[1] or 0), int(row[2] or 0)
+        completed, total, failed = (int(each or 0) for each in row)
+        bad = child.c.status.in_([Status.FAILED.value, Status.CRASHED.value, Status.CANCELLED.value])
+        parts = connection.execute(
+            sa.select(
+                sa.func.count(sa.case((child.c.status != Status.SPLIT.value, 1))),
+                sa.func.count(child.c.origin.distinct()),
+                sa.func.count(sa.case((bad, 1))),
+                sa.func.count(sa.case((bad, child.c.origin)).distinct()),
+            ).where(child.c.batch_id == batch_id, child.c.origin.is_not(None))
+        ).one()  # fmt: skip
+        positions = total - parts[0] + parts[1]
+        incomplete = total - completed - parts[2] + parts[3]
+        return positions - incomplete, positions, failed
 
     def _with_first_failure(
         self, connection: sa.Connection, row: BatchRow, kinds: tuple[Kind, ...]

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
-from celery_batchtrack.vocabulary.records import ChildRow, Claimed, Ending, Evidence, Refused, Release, Settled
+from celery_batchtrack.vocabulary.evidence import Evidence
+from celery_batchtrack.vocabulary.ids import ChildKey
+from celery_batchtrack.vocabulary.records import ChildRow, Claimed, Ending, Killer, Refused, Release, Rerun, Settled
 from celery_batchtrack.vocabulary.states import (
     BATCH_ALIVE,
     CRASH,
     CRASH_UNCLAIMED,
     ENDINGS,
     OVERTURNS,
+    QUARANTINE,
     REFUSE,
     RELEASE,
     STRIKE,
     WITHDRAW,
     BatchStatus,
     Cause,
+    Detector,
     Kind,
     Status,
     Transition,
     Verdict,
 )
 
-from . import callbacks, hot
+from . import breaker, callbacks, hot
 from .clock import Moment, later, moment, now
 from .engine import Connected
+from .incidents import TOLD, Attempt, record
+from .quarantine import count_kill
 from .rows import CHILD_COLUMNS, child_row
 from .schema import batch, child, incident
 from .transitions import MOVED, change, move
@@ -122,12 +127,13 @@ class ChildWrites(Connected):
     def _settle_in_steps(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled | None:
         with self.write() as connection:
             first = callbacks.lock_for_first_failure(connection, key.batch_id, ending.status)
-            rows = connection.execute(_end(key, token, ending).returning(*MOVED, child.c.attempt)).all()
+            rows = connection.execute(_end(key, token, ending).returning(*MOVED, *TOLD)).all()
             if not rows:
                 return None
             look = move(connection, key.batch_id, rows, None, ending.status)
             if ending.evidence is not None:
-                record(connection, key, rows[0].attempt, token, ending.status, ending.evidence)
+                told = Attempt.told(key, rows[0], token)
+                record(connection, told, ending.status, ending.evidence)
             called = callbacks.insert_first_failure(connection, first, rows[0].kind)
             return Settled(True, look=look, callbacks=called)
 
@@ -142,7 +148,7 @@ class ChildWrites(Connected):
             if self._may_overturn(connection, row, token, ending):
                 return self._overturn(connection, row, token, ending)
             evidence = ending.evidence or Evidence(ending.cause or Cause.LATE_WRITE)
-            record(connection, key, row.attempt, token, "late_write", evidence)
+            record(connection, replace(Attempt.of(row), token=token), "late_write", evidence)
             return Settled(False, late=True)
 
     def _locked_for_overturn(self, connection: sa.Connection, key: ChildKey) -> ChildRow | None:
@@ -178,7 +184,7 @@ class ChildWrites(Connected):
             .values(overturned_at=now())
         )  # fmt: skip
         if ending.evidence is not None:
-            record(connection, row.key, row.attempt, token, ending.status, ending.evidence)
+            record(connection, Attempt.of(row), ending.status, ending.evidence)
         return Settled(True, look=True, overturned=True)
 
     def release(self, key: ChildKey, token: uuid.UUID, how: Release) -> bool:
@@ -194,52 +200,84 @@ class ChildWrites(Connected):
             values["signature"] = how.signature
         statement = change(RELEASE, at(key), child.c.run_token == token, **values)
         with self.write() as connection:
-            row = connection.execute(statement.returning(child.c.attempt)).one_or_none()
+            row = connection.execute(statement.returning(*TOLD)).one_or_none()
             if row is not None and how.evidence is not None:
-                record(connection, key, row.attempt, token, "retried", how.evidence)
+                record(connection, Attempt.told(key, row, token), "retried", how.evidence)
             return row is not None
 
     # -- ends that others write ------------------------------------------------------------------
 
-    def crash(self, row: ChildRow, evidence: Evidence, verdict: Verdict, run_again_in: float | None) -> Settled:
-        """A run died. `run_again_in` seconds it is pending once more, or None: it is crashed.
+    def crash(
+        self, row: ChildRow, evidence: Evidence, verdict: Verdict, again: Rerun | None, killer: Killer | None = None
+    ) -> Settled:
+        """A run died: it is pending once more as `again` says, or crashed. `killer`: the item to blame.
 
         Fenced by the run token that `row` was read with.
         """
         guard = (at(row.key), child.c.run_token == row.run_token)
-        return self._died(row, CRASH, RELEASE, guard, evidence, verdict, run_again_in)
+        return self._died(row, CRASH, RELEASE, guard, evidence, verdict, again, killer)
 
-    def crash_unclaimed(self, row: ChildRow, evidence: Evidence, run_again_in: float | None) -> Settled:
+    def crash_unclaimed(
+        self, row: ChildRow, evidence: Evidence, again: Rerun | None, killer: Killer | None = None
+    ) -> Settled:
         """A process died with the message in hand, before the claim: that uses up an attempt too."""
         guard = (at(row.key), child.c.attempt == row.attempt)
         return self._died(
-            row, CRASH_UNCLAIMED, STRIKE, guard, evidence, Verdict.OBSERVED, run_again_in,
+            row, CRASH_UNCLAIMED, STRIKE, guard, evidence, Verdict.OBSERVED, again, killer,
             attempt=child.c.attempt + 1,
         )  # fmt: skip
 
+    def quarantine(self, row: ChildRow, evidence: Evidence) -> Settled:
+        """``pending → crashed`` without having been sent: its only item killed too often."""
+        guard = (at(row.key), child.c.attempt == row.attempt)
+        return self._died(row, QUARANTINE, STRIKE, guard, evidence, Verdict.OBSERVED, None, None, death=False)
+
     def _died(
-        self, row: ChildRow, settle: Transition, again: Transition, guard: Any, evidence: Evidence,
-        verdict: Verdict, run_again_in: float | None, **values: Any,
+        self, row: ChildRow, settle: Transition, rerun: Transition, guard: Any, evidence: Evidence,
+        verdict: Verdict, again: Rerun | None, killer: Killer | None, *, death: bool = True, **values: Any,
     ) -> Settled:  # fmt: skip
-        transition = settle if run_again_in is None else again
-        values.update(crashes=child.c.crashes + 1, verdict=verdict.value)
-        if run_again_in is None:
+        transition = settle if again is None else rerun
+        strike = death and (again is None or again.strike)
+        values.update(crashes=child.c.crashes + int(strike), verdict=verdict.value)
+        if again is None:
             values["cause"] = evidence.cause.value
         else:
-            values.update(dispatched_at=None, not_before=later(run_again_in))
+            values.update(_rerun(again))
         with self.write() as connection:
             watched = transition.target if verdict is Verdict.OBSERVED else Status.PENDING
             first = callbacks.lock_for_first_failure(connection, row.batch_id, watched)
-            found = connection.execute(change(transition, *guard, **values).returning(*MOVED, child.c.attempt)).all()
+            rate = breaker.lock(connection, row.batch_id) if strike else None
+            found = connection.execute(change(transition, *guard, **values).returning(*MOVED, *TOLD)).all()
             if not found:
                 return Settled(False)
-            outcome = "retried" if run_again_in is not None else transition.target
-            record(connection, row.key, found[0].attempt, row.run_token, outcome, evidence, verdict)
-            if run_again_in is not None:
-                return Settled(True)
+            told = Attempt.told(row.key, found[0], row.run_token)
+            told = replace(told, queue=row.queue)  # where it was, not where it goes
+            record(connection, told, "retried" if again is not None else transition.target, evidence, verdict)
+            quarantined = count_kill(connection, row.task, killer, row.key, evidence)
+            paused = breaker.count_death(connection, rate)
+            if again is not None:
+                return Settled(True, paused=paused, quarantined=quarantined)
             look = move(connection, row.batch_id, found, None, transition.target)
             called = callbacks.insert_first_failure(connection, first, found[0].kind)
-            return Settled(True, look=look, callbacks=called)
+            return Settled(True, look=look, callbacks=called, paused=paused, quarantined=quarantined)
+
+    def others_lost_with(self, row: ChildRow) -> int:
+        """How many runs went down with this row's worker beside its own: those still to be judged, and those that
+        were. Runs within one process and thread are one."""
+        running = sa.select(child.c.slot).where(
+            child.c.worker_id == row.worker_id, child.c.status == Status.RUNNING.value
+        )
+        judged = sa.select(sa.func.count(incident.c.run_token.distinct())).where(
+            incident.c.worker_id == row.worker_id, incident.c.run_token != row.run_token,
+            sa.or_(
+                incident.c.cause == Cause.WORKER_LOST.value,
+                incident.c.detected_by.in_([Detector.HOST.value, Detector.LEASE.value]),
+            ),
+        )  # fmt: skip
+        with self.read() as connection:
+            slots = {slot.rpartition(":")[0] for slot in connection.execute(running).scalars()}
+            before: int = connection.execute(judged).scalar_one()
+        return len(slots - {(row.slot or "").rpartition(":")[0]}) + before
 
     def release_claiming(self, row: ChildRow) -> bool:
         """A claim that committed after its process had given up: back to pending, without a strike."""
@@ -254,12 +292,13 @@ class ChildWrites(Connected):
             first = callbacks.lock_for_first_failure(connection, key.batch_id, status)
             rows = connection.execute(
                 change(transition, at(key), child.c.attempt == attempt, cause=evidence.cause.value)
-                .returning(*MOVED)
+                .returning(*MOVED, *TOLD)
             ).all()  # fmt: skip
             if not rows:
                 return Settled(False)
             look = move(connection, key.batch_id, rows, None, transition.target)
-            record(connection, key, attempt, None, transition.target, evidence)
+            told = Attempt.told(key, rows[0], None)
+            record(connection, told, transition.target, evidence)
             called = callbacks.insert_first_failure(connection, first, rows[0].kind)
             return Settled(True, look=look, callbacks=called)
 
@@ -320,6 +359,15 @@ def _zombie(found: Any, token: uuid.UUID) -> str | None:
     return None
 
 
+def _rerun(again: Rerun) -> dict[str, Any]:
+    values: dict[str, Any] = {"dispatched_at": None, "not_before": later(again.delay)}
+    if again.isolated:
+        values["isolated"] = True
+    if again.queue is not None:
+        values.update(queue=again.queue, rerouted=True)
+    return values
+
+
 def _end(key: ChildKey, token: uuid.UUID, ending: Ending) -> sa.Update:
     return change(ENDINGS[ending.status], at(key), child.c.run_token == token, **_end_values(ending))
 
@@ -331,29 +379,4 @@ def _end_values(ending: Ending) -> dict[str, Any]:
     return values
 
 
-def record(
-    connection: sa.Connection, key: ChildKey, attempt: int, token: uuid.UUID | None, outcome: str,
-    evidence: Evidence, verdict: Verdict | None = None,
-) -> None:  # fmt: skip
-    """Insert an incident: evidence of one attempt that did not complete."""
-    connection.execute(
-        sa.insert(incident).values(
-            id=uuid7(), batch_id=key.batch_id, position=key.position, attempt=attempt, run_token=token,
-            outcome=str(outcome), cause=evidence.cause.value, phase=evidence.phase, signal=evidence.signal,
-            exit_code=evidence.exit_code, message=_text(evidence.message), traceback=_text(evidence.traceback),
-            hostname=evidence.hostname, worker=evidence.worker, pid=evidence.pid,
-            detected_by=evidence.detected_by, verdict=verdict,
-            died_at=evidence.died_at or later(min(0.0, evidence.noticed - time.monotonic())), detected_at=now(),
-        )
-    )  # fmt: skip
-
-
-def _text(value: str | None, limit: int = 20_000) -> str | None:
-    """Bounded, and without what a database refuses in text: NUL characters, lone surrogates."""
-    if value is None:
-        return None
-    value = value.replace("\0", "\\0").encode(errors="backslashreplace").decode()
-    return value if len(value) <= limit else value[: limit // 2] + "\n… cut …\n" + value[-limit // 2 :]
-
-
-__all__ = ["ChildWrites", "SlotTaken", "at", "record"]
+__all__ = ["ChildWrites", "SlotTaken", "at"]

@@ -128,6 +128,19 @@ class Dispatching(Connected):
                 rows += _stamp(connection, batch_id, header, limit - len(rows))
         return [Outgoing(row, owner) for row in rows]
 
+    def postpone(self, key: ChildKey, attempt: int, delay: float) -> bool:
+        """A message was given up before its task began: its row is sent again in `delay` seconds."""
+        statement = (
+            sa.update(child)
+            .where(
+                child.c.batch_id == key.batch_id, child.c.position == key.position,
+                child.c.status == Status.PENDING.value, child.c.attempt == attempt,
+            )
+            .values(dispatched_at=None, not_before=later(delay))
+        )  # fmt: skip
+        with self.single() as connection:
+            return connection.execute(statement).rowcount == 1
+
     def give_back(self, rows: Iterable[ChildRow]) -> None:
         """Publishing failed after the stamp: due again at the next look."""
         with self.write() as connection:

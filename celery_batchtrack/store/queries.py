@@ -10,7 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from celery_batchtrack import errors
-from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, IncidentRow, Progress
+from celery_batchtrack.vocabulary.evidence import IncidentRow
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, CrashGroup, HeaderResult, Progress
 from celery_batchtrack.vocabulary.states import Kind, Status
 
 from .clock import age, later, now
@@ -128,22 +129,29 @@ class Queries(Connected):
                 return
             after = page[-1].position
 
-    def results(self, batch_id: uuid.UUID) -> Iterator[str | None]:
-        """Results (JSON) of completed children in header order, fetched in pages."""
+    def results(self, batch_id: uuid.UUID) -> Iterator[HeaderResult]:
+        """One for each header position that returned something, in order, fetched in pages."""
         after = -1
         while True:
             query = (
-                sa.select(child.c.position, child.c.result)
+                sa.select(child.c.position, child.c.result, child.c.status, child.c.policy)
                 .where(
-                    child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
-                    child.c.status == Status.COMPLETED.value, child.c.position > after,
+                    child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value, child.c.origin.is_(None),
+                    child.c.status.in_([Status.COMPLETED.value, Status.SPLIT.value]), child.c.position > after,
                 )
                 .order_by(child.c.position)
                 .limit(_PAGE)
             )  # fmt: skip
             with self.read() as connection:
                 page = connection.execute(query).all()
-            yield from (row.result for row in page)
+                split = [row.position for row in page if row.status == Status.SPLIT.value]
+                parts = _completed_parts(connection, batch_id, split)
+            for row in page:
+                merge = (row.policy or {}).get("merge")
+                if row.status != Status.SPLIT.value:
+                    yield HeaderResult(row.position, (row.result,), merge=merge)
+                elif parts[row.position]:
+                    yield HeaderResult(row.position, tuple(parts[row.position]), split=True, merge=merge)
             if len(page) < _PAGE:
                 return
             after = page[-1].position
@@ -169,7 +177,7 @@ class Queries(Connected):
         if outcomes:
             query = query.where(incident.c.outcome.in_(list(outcomes)))
         if crashes_only:
-            query = query.where(incident.c.detected_by.is_not(None), incident.c.overturned_at.is_(None))
+            query = query.where(_is_death())
         if since is not None:
             query = query.where(incident.c.detected_at >= later(-since))
         query = query.order_by(incident.c.detected_at.desc() if limit else incident.c.detected_at, incident.c.id)
@@ -194,10 +202,81 @@ class Queries(Connected):
             found = connection.execute(query).one_or_none()
         return None if found is None else (found[0], found[1])
 
+    def crash_groups(
+        self, by: str, batch_id: uuid.UUID | None = None, *, since: float | None = None, limit: int = 1000
+    ) -> list[CrashGroup]:
+        """Deaths grouped by ``fingerprint``, ``item``, ``signal`` or ``host``, most deaths first. Of an item, each
+        task's deaths are a group of their own."""
+        key: Any = {
+            "fingerprint": incident.c.fingerprint, "item": incident.c.item, "host": incident.c.hostname,
+            "signal": sa.func.coalesce(incident.c.signal, incident.c.cause),
+        }[by]  # fmt: skip
+        with_task = by in ("item", "fingerprint")
+        task: Any = child.c.task if with_task else sa.null()
+        query = (
+            sa.select(
+                key.label("key"), sa.func.max(child.c.task).label("task"), sa.func.count().label("deaths"),
+                sa.func.count(incident.c.batch_id.distinct()).label("batches"),
+                sa.func.count(incident.c.item.distinct()).label("items"),
+                sa.func.max(incident.c.cause).label("cause"), sa.func.max(incident.c.signal).label("signal"),
+                sa.func.max(incident.c.python_frame).label("python_frame"),
+                sa.func.max(incident.c.item).label("item"), sa.func.min(incident.c.detected_at).label("first_at"),
+                sa.func.max(incident.c.detected_at).label("last_at"),
+            )
+            .join(child, sa.and_(child.c.batch_id == incident.c.batch_id, child.c.position == incident.c.position))
+            .where(_is_death(), key.is_not(None))
+            .group_by(key, *((task,) if with_task else ()))
+            .order_by(sa.desc("deaths"), sa.desc("last_at"))
+            .limit(limit)
+        )  # fmt: skip
+        if batch_id is not None:
+            query = query.where(incident.c.batch_id == batch_id)
+        if since is not None:
+            query = query.where(incident.c.detected_at >= later(-since))
+        with self.read() as connection:
+            return [CrashGroup(*row) for row in connection.execute(query)]
+
+    def isolated_queues(self) -> list[str]:
+        """Queues in which suspects wait."""
+        query = sa.select(child.c.queue).where(
+            child.c.isolated, child.c.status == Status.PENDING.value, child.c.queue.is_not(None)
+        )
+        with self.read() as connection:
+            return list(connection.execute(query.distinct()).scalars())
+
     def current_time(self) -> datetime:
         """The database's clock."""
         with self.read() as connection:
             return connection.execute(sa.select(now())).scalar_one()
+
+
+def _completed_parts(
+    connection: sa.Connection, batch_id: uuid.UUID, origins: Sequence[int]
+) -> dict[int, list[str | None]]:
+    """Results of the completed parts of split header positions, in the order of their items."""
+    found: dict[int, list[str | None]] = {}
+    for start in range(0, len(origins), _PAGE):
+        some = origins[start : start + _PAGE]
+        query = (
+            sa.select(child.c.origin, child.c.position, child.c.split_from, child.c.status, child.c.result)
+            .where(child.c.batch_id == batch_id, child.c.origin.in_(list(some)))
+            .order_by(child.c.position)
+        )
+        parts: dict[int, list[Any]] = {}
+        for row in connection.execute(query):
+            parts.setdefault(row.split_from, []).append(row)
+        found.update((origin, list(_in_order(origin, parts))) for origin in some)
+    return found
+
+
+def _in_order(root: int, parts: dict[int, list[Any]]) -> Iterator[str | None]:
+    """Depth first: the parts of a part stand where it stood."""
+    waiting = list(reversed(parts.get(root, ())))
+    while waiting:
+        row = waiting.pop()
+        if row.status == Status.COMPLETED.value:
+            yield row.result
+        waiting += reversed(parts.get(row.position, ()))
 
 
 def _progress(row: Any) -> Progress:
@@ -212,6 +291,11 @@ def _progress(row: Any) -> Progress:
         created_at=row.created_at, started_at=row.started_at, finished_at=row.finished_at,
         seconds=None if row.seconds is None else float(row.seconds),
     )  # fmt: skip
+
+
+def _is_death() -> sa.ColumnElement[bool]:
+    """Somebody noticed it (a failure reports itself), and it was not overturned."""
+    return sa.and_(incident.c.detected_by.is_not(None), incident.c.overturned_at.is_(None))
 
 
 def _incident_row(row: Any) -> IncidentRow:

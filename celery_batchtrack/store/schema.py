@@ -105,6 +105,10 @@ batch = sa.Table(
     sa.Column("created_at", Moment, nullable=False),
     sa.Column("sealed_at", Moment),
     sa.Column("paused_at", Moment),
+    sa.Column("pause_reason", sa.String(255)),
+    sa.Column("watch_crashes", sa.Boolean, nullable=False, server_default=sa.false()),  # has a breaker
+    sa.Column("deaths", sa.BigInteger, nullable=False, server_default="0"),  # counted only where there is a breaker
+    sa.Column("crash_samples", Json),  # its sliding window: see `policies.CrashRate`
     sa.Column("started_at", Moment),
     sa.Column("finished_at", Moment),
     sa.CheckConstraint(_one_of("status", BatchStatus), name="status"),
@@ -138,6 +142,9 @@ child = sa.Table(
     sa.Column("link", sa.SmallInteger, nullable=False, server_default="0"),
     sa.Column("waits_on_batch", Identifier),
     sa.Column("split_from", sa.BigInteger),
+    sa.Column("origin", sa.BigInteger),  # the header position that this was split off
+    sa.Column("isolated", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("rerouted", sa.Boolean, nullable=False, server_default=sa.false()),  # `queue` is not its task's
     sa.Column("policy", Json),
     sa.Column("items", Json),
     sa.Column("item_count", sa.Integer, nullable=False, server_default="1"),
@@ -174,6 +181,9 @@ child = sa.Table(
     # One slot of one worker runs at most one child.
     sa.Index("batchtrack_child_slot", "worker_id", "slot", unique=True, **_where("status = 'running'")),
     sa.Index("batchtrack_child_open", "batch_id", "status", **_where(_OPEN)),
+    # The parts of a header position, and suspects that wait to run alone.
+    sa.Index("batchtrack_child_origin", "batch_id", "origin", **_where("origin IS NOT NULL")),
+    sa.Index("batchtrack_child_isolated", "queue", **_where("isolated AND status = 'pending'")),
     # What was never published for its attempt, and what was and still waits.
     sa.Index(
         "batchtrack_child_undispatched", "kind", "batch_id", "position",
@@ -220,10 +230,23 @@ incident = sa.Table(
     sa.Column("signal", sa.String(16)),
     sa.Column("exit_code", sa.Integer),
     sa.Column("message", sa.Text),
+    sa.Column("exception", sa.String(255)),
     sa.Column("traceback", sa.Text),
+    sa.Column("stack", sa.Text),
+    sa.Column("python_frame", sa.String(255)),
+    sa.Column("fingerprint", sa.String(16)),
+    sa.Column("item", sa.String(255)),
+    sa.Column("item_index", sa.BigInteger),
+    sa.Column("items_done", sa.BigInteger),
+    sa.Column("note", sa.Text),
+    sa.Column("peak_memory", sa.BigInteger),
     sa.Column("hostname", sa.String(255)),
+    sa.Column("boot_id", sa.String(64)),
     sa.Column("worker", sa.String(255)),
+    sa.Column("worker_id", Identifier),
     sa.Column("pid", sa.BigInteger),
+    sa.Column("queue", sa.String(255)),
+    sa.Column("versions", Json),
     sa.Column("detected_by", sa.String(16)),
     sa.Column("verdict", sa.String(16)),
     sa.Column("died_at", Moment),
@@ -235,6 +258,34 @@ incident = sa.Table(
     ),
     sa.Index("batchtrack_incident_child", "batch_id", "position"),
     sa.Index("batchtrack_incident_detected", "detected_at"),
+    # Who went down with the same worker.
+    sa.Index("batchtrack_incident_worker", "worker_id",
+        **_where("cause = 'worker_lost' OR detected_by IN ('host', 'lease')"),
+    ),
 )  # fmt: skip
 
-__all__ = ["Json", "batch", "child", "incident", "meta", "metadata", "now", "tally", "worker"]
+quarantine = sa.Table(
+    "batchtrack_quarantine",
+    metadata,
+    sa.Column("task", sa.String(255), nullable=False),
+    sa.Column("item_hash", sa.String(32), nullable=False),
+    sa.Column("version", sa.String(64), nullable=False),
+    sa.Column("item", sa.String(255), nullable=False),
+    sa.Column("deaths", sa.Integer, nullable=False),
+    sa.Column("quarantine_after", sa.Integer, nullable=False),
+    sa.Column("cause", sa.String(32), nullable=False),
+    sa.Column("signal", sa.String(16)),
+    sa.Column("python_frame", sa.String(255)),
+    sa.Column("batch_id", Identifier),
+    sa.Column("position", sa.BigInteger),
+    sa.Column("first_at", Moment, nullable=False),
+    sa.Column("last_at", Moment, nullable=False),
+    sa.Column("quarantined_at", Moment),
+    sa.Column("released_at", Moment),
+    sa.PrimaryKeyConstraint("task", "item_hash", "version"),
+    sa.CheckConstraint("deaths >= 0 AND quarantine_after >= 1", name="counts"),
+    sa.CheckConstraint("quarantined_at IS NULL OR released_at IS NULL", name="state"),
+    sa.Index("batchtrack_quarantine_active", "task", **_where("quarantined_at IS NOT NULL")),
+)
+
+__all__ = ["Json", "batch", "child", "incident", "meta", "metadata", "now", "quarantine", "tally", "worker"]

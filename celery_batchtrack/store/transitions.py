@@ -83,6 +83,25 @@ def move(
     return emptied
 
 
+def regroup(
+    connection: sa.Connection, batch_id: Any, removed: tuple[int, int], added: Iterable[tuple[int, int, Status]]
+) -> None:
+    """Move the tally for a split child, (shard, items), and its parts, (shard, items, status), shards in order."""
+    sums: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    sums[removed[0]]["total"] -= 1
+    sums[removed[0]]["items_total"] -= removed[1]
+    for shard, items, status in added:
+        for name in ("total", *((status.value,) if status in _COUNTED else ())):
+            sums[shard][name] += 1
+            sums[shard][f"items_{name}"] += items
+    for shard in sorted(sums):
+        connection.execute(
+            sa.update(tally)
+            .where(tally.c.batch_id == batch_id, tally.c.shard == shard)
+            .values({name: tally.c[name] + value for name, value in sums[shard].items()})
+        )
+
+
 def settle_and_count(settle: sa.Update, target: Status) -> sa.Select[Any]:
     """PostgreSQL: a settle of one running child and its tally shard in one statement.
 

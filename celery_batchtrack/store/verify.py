@@ -119,6 +119,40 @@ def crashed_has_incident(grace: float) -> sa.Select[Any]:
 
 
 @check
+def split_hands_on_every_item(grace: float) -> sa.Select[Any]:
+    """The parts of a split child have its items: none lost, none doubled."""
+    part = child.alias("part")
+    handed = (
+        sa.select(sa.func.coalesce(sa.func.sum(part.c.item_count), 0))
+        .where(part.c.batch_id == child.c.batch_id, part.c.split_from == child.c.position)
+        .scalar_subquery()
+    )
+    return sa.select(_label(*_CHILD_LABEL)).where(
+        child.c.status == Status.SPLIT.value, handed != child.c.item_count
+    )
+
+
+@check
+def parts_belong_to_a_split_child(grace: float) -> sa.Select[Any]:
+    """What was split off says of whom, and of which header position; and only a split child has parts."""
+    whole, root = child.alias("whole"), child.alias("root")
+    split = sa.exists().where(
+        whole.c.batch_id == child.c.batch_id, whole.c.position == child.c.split_from,
+        whole.c.status == Status.SPLIT.value,
+    )  # fmt: skip
+    header = sa.exists().where(
+        root.c.batch_id == child.c.batch_id, root.c.position == child.c.origin, root.c.origin.is_(None),
+        root.c.status == Status.SPLIT.value,
+    )  # fmt: skip
+    return sa.select(_label(*_CHILD_LABEL)).where(
+        sa.or_(
+            child.c.split_from.is_(None) != child.c.origin.is_(None),
+            sa.and_(child.c.split_from.is_not(None), sa.or_(~split, ~header)),
+        )
+    )
+
+
+@check
 def running_on_a_living_worker(grace: float) -> sa.Select[Any]:
     """Nothing runs on a worker that is unknown, or was stopped, lost or silent for longer than allowed."""
     over = sa.func.coalesce(worker.c.stopped_at, worker.c.lost_at)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 
+from .evidence import Evidence
 from .ids import ChildKey
-from .records import Evidence
 from .states import Status
 
 
@@ -28,6 +28,10 @@ class ChildCrashed:
     evidence: Evidence
     runs_again: bool
     items: tuple[str, ...] = ()
+    #: So many children got its items, where they were handed on.
+    successors: int = 0
+    #: Its next attempt runs alone.
+    isolated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,62 @@ class ZombieTerminated:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class BatchPaused:
+    batch_id: uuid.UUID
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResumed:
+    batch_id: uuid.UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """An item has killed often enough."""
+
+    key: ChildKey
+    task: str
+    item: str
+
+
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """Items in quarantine were not sent, and are counted as crashed."""
+
+    key: ChildKey
+    task: str
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """A run made no progress for its `stall_timeout`. `killed`: its process is ended; threads cannot be."""
+
+    key: ChildKey
+    pid: int
+    seconds: float
+    killed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlackBoxMissing:
+    """A slot has no black box: what it has in hand will not be known."""
+
+    slot: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class StacksMissing:
+    """The application switched faulthandler off in this process: a fatal signal will leave no Python stack."""
+
+    pid: int
+
+
 Event = (
     ChildSettled | ChildCrashed | VerdictOverturned | LateWrite | BatchEnded | Redispatched | PublishFailed
-    | WorkerLost | ClaimRefused | DatabaseAway | FollowUpFailed | SpoolDelivered | ZombieTerminated
+    | WorkerLost | ClaimRefused | DatabaseAway | FollowUpFailed | SpoolDelivered | ZombieTerminated | BatchPaused
+    | BatchResumed | Quarantined | Withheld | Stalled | BlackBoxMissing | StacksMissing
 )  # fmt: skip

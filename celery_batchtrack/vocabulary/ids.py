@@ -59,6 +59,10 @@ class Ticket:
     errback: tuple[str, str] | None = None
     #: Whether the result is to be stored (`results="none"` says no).
     keep_result: bool = True
+    #: The batch's own crash policy (`CrashPolicy.overridden`), stronger than the task's.
+    on_crash: Mapping[str, Any] | None = None
+    #: It is to run alone in its worker.
+    isolated: bool = False
 
     def as_header(self) -> dict[str, Any]:
         """The JSON form that travels in the message header `HEADER`."""
@@ -74,6 +78,10 @@ class Ticket:
             header["errback"] = list(self.errback)
         if not self.keep_result:
             header["results"] = "none"
+        if self.on_crash:
+            header["on_crash"] = dict(self.on_crash)
+        if self.isolated:
+            header["isolated"] = True
         return header
 
     @classmethod
@@ -90,6 +98,8 @@ class Ticket:
                 kind=str(header.get("kind", "child")),
                 errback=(str(errback[0]), str(errback[1])) if errback else None,
                 keep_result=header.get("results") != "none",
+                on_crash=dict(header["on_crash"]) if header.get("on_crash") else None,
+                isolated=header.get("isolated") is True,
             )
         except (LookupError, ValueError, TypeError, AttributeError, OverflowError):
             return None

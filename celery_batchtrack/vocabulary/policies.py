@@ -1,21 +1,17 @@
-"""Decisions without I/O: the outcome of a batch, and what becomes of a crashed child."""
+"""Decisions without I/O about a batch: its outcome, and whether so many crashes are too many."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from celery_batchtrack.errors import InvalidOption
 
-from .states import BatchStatus, Cause
-
-ON_CRASH = ("as_acks", "record", "retry")
-#: Rungs of the recovery ladder that need the black box; named here so that they are refused by name.
-ON_CRASH_LATER = ("bisect", "skip", "resume")
+from .settings import seconds
+from .states import BatchStatus
 
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
@@ -55,81 +51,81 @@ class Tolerance:
         return not_completed * 100 <= total * Fraction(repr(self.percent))
 
 
+class Sample(NamedTuple):
+    """A batch's counters at one moment (seconds, by the database's clock)."""
+
+    at: float
+    ended_well: int  # children that completed or failed
+    deaths: int
+
+
+_WINDOW = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class CrashRate:
+    """A batch's breaker: more than `percent` of the runs that ended within the last `window` seconds died.
+
+    It needs `MINIMUM` deaths: that one of the first two children dies proves nothing. The window slides over
+    `Sample`s of the batch's counters, taken at deaths and by sweeps, at most `SAMPLES` a window.
+    """
+
+    percent: float
+    window: float = _WINDOW
+
+    MINIMUM: ClassVar[int] = 3
+    SAMPLES: ClassVar[int] = 10
+
+    @classmethod
+    def parse(cls, rate: Any, window: Any = None) -> CrashRate | None:
+        """From text such as ``"20%"``, and a duration. Raises InvalidOption."""
+        if rate is None:
+            if window is not None:
+                raise InvalidOption("crash_window needs max_crash_rate: at which rate is the batch paused?")
+            return None
+        match = _PERCENT.fullmatch(rate) if isinstance(rate, str) else None
+        if match is None or float(match[1]) >= 100:
+            raise InvalidOption(f"max_crash_rate must be text such as '20%', below 100%, not {rate!r}")
+        try:
+            length = _WINDOW if window is None else seconds(window)
+        except ValueError as error:
+            raise InvalidOption(f"crash_window: {error}") from None
+        if not length > 0:
+            raise InvalidOption(f"crash_window must be more than 0 seconds, not {window!r}")
+        return cls(float(match[1]), length)
+
+    def as_option(self) -> dict[str, float]:
+        return {"percent": self.percent, "window": self.window}
+
+    @classmethod
+    def from_option(cls, option: Mapping[str, Any] | None) -> CrashRate | None:
+        return None if option is None else cls(float(option["percent"]), float(option["window"]))
+
+    def with_sample(self, samples: Sequence[Sample], now: Sample) -> list[Sample]:
+        """The samples that are still needed, with this one if the last is old enough."""
+        begin = self._begin(samples, now)
+        kept = [each for each in samples if each.at >= begin.at]
+        if not kept or now.at - kept[-1].at >= self.window / self.SAMPLES:
+            kept.append(now)
+        return kept
+
+    def _begin(self, samples: Sequence[Sample], now: Sample) -> Sample:
+        """The window's beginning: the newest sample that is a window old, or the oldest there is."""
+        old = [each for each in samples if now.at - each.at >= self.window]
+        return old[-1] if old else (samples[0] if samples else now)
+
+    def exceeded(self, samples: Sequence[Sample], now: Sample) -> str | None:
+        """Why the batch is to be paused, in words; None if it is not."""
+        begin = self._begin(samples, now) if samples else Sample(now.at, 0, 0)
+        deaths, ended_well = now.deaths - begin.deaths, now.ended_well - begin.ended_well
+        runs = deaths + ended_well
+        if deaths < self.MINIMUM or deaths * 100 <= runs * Fraction(repr(self.percent)):
+            return None
+        return f"{deaths} of {runs} runs died within {self.window:g} s, more than max_crash_rate {self.percent:.15g}%"
+
+
 def outcome(tolerance: Tolerance, completed: int, total: int) -> BatchStatus:
     """The end of a batch none of whose children is open."""
     if completed == total:
         return BatchStatus.COMPLETED
     return BatchStatus.PARTIAL if tolerance.allows(total - completed, total) else BatchStatus.FAILED
-
-
-@dataclass(frozen=True, slots=True)
-class RerunPolicy:
-    """What happens to a child whose process or worker died.
-
-    `process` and `worker` say whether it runs again after the death of its pool process, or of
-    its whole worker; `time_limit` whether after a hard time limit. `max_crashes` caps all of them:
-    that death settles it as crashed.
-    """
-
-    on_crash: str = "record"
-    process: bool = False
-    worker: bool = False
-    time_limit: bool = False
-    max_crashes: int = 3
-
-    @property
-    def runs_again(self) -> bool:
-        return self.process or self.worker or self.time_limit
-
-    def as_option(self) -> dict[str, Any] | None:
-        """The JSON form kept on the row; None for a policy that never runs a child again."""
-        if not self.runs_again:
-            return None
-        flags = {name: True for name in ("process", "worker", "time_limit") if getattr(self, name)}
-        return {"on_crash": self.on_crash, "max_crashes": self.max_crashes, **flags}
-
-    @classmethod
-    def from_option(cls, option: Mapping[str, Any] | None) -> RerunPolicy:
-        known = {k: v for k, v in (option or {}).items() if k in cls.__slots__}
-        return cls(**known)
-
-    @classmethod
-    def resolve(
-        cls, on_crash: str, max_crashes: int, *, acks_late: bool, reject_on_worker_lost: bool,
-        retry_on_worker_lost: bool, acks_on_timeout: bool,
-    ) -> RerunPolicy:  # fmt: skip
-        """The policy of a task, from its option and what it already told Celery about acknowledging."""
-        if on_crash == "retry":
-            return cls("retry", True, True, True, max_crashes)
-        if on_crash == "record":
-            return cls("record", max_crashes=max_crashes)
-        process = retry_on_worker_lost or (acks_late and reject_on_worker_lost)
-        return cls(
-            "as_acks", process=process, worker=acks_late or retry_on_worker_lost,
-            time_limit=acks_late and not acks_on_timeout, max_crashes=max_crashes,
-        )  # fmt: skip
-
-
-class Judgement(StrEnum):
-    """What a crash leads to."""
-
-    CRASHED = "crashed"
-    RUN_AGAIN = "run_again"
-
-
-def judge(policy: RerunPolicy, cause: Cause, crashes: int) -> Judgement:
-    """Decide about a child that died of `cause` after `crashes` earlier deaths."""
-    if crashes + 1 >= policy.max_crashes:
-        return Judgement.CRASHED
-    if cause is Cause.TIME_LIMIT:
-        again = policy.time_limit
-    elif cause is Cause.WORKER_LOST:
-        again = policy.worker
-    else:
-        again = policy.process
-    return Judgement.RUN_AGAIN if again else Judgement.CRASHED
-
-
-def backoff(base: float, crashes: int, ceiling: float = 300.0) -> float:
-    """Seconds before the next attempt after the `crashes`-th death (1, 2, …)."""
-    return min(ceiling, base * 2.0 ** max(0, crashes - 1))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
+from .evidence import Evidence
 from .ids import ChildKey
-from .states import BATCH_ENDED, Cause, Detector, Status
+from .states import BATCH_ENDED, Cause, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class BatchRow:
     created_at: datetime
     sealed_at: datetime | None
     paused_at: datetime | None
+    pause_reason: str | None
     started_at: datetime | None
     finished_at: datetime | None
 
@@ -98,6 +99,10 @@ class ChildRow:
     crashes: int
     retries: int
     dispatches: int
+    split_from: int | None
+    origin: int | None  # the header position whose items these are, for what was split off it
+    isolated: bool
+    rerouted: bool
     policy: dict[str, Any] | None
     items: list[str]
     item_count: int
@@ -116,54 +121,6 @@ class ChildRow:
     @property
     def key(self) -> ChildKey:
         return ChildKey(self.batch_id, self.position)
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What is known of an attempt that did not complete. Only the unhappy path makes one."""
-
-    cause: Cause
-    phase: str = "running"  # before_claim | running
-    signal: str | None = None
-    exit_code: int | None = None
-    message: str | None = None
-    traceback: str | None = None
-    hostname: str | None = None
-    worker: str | None = None
-    pid: int | None = None
-    detected_by: Detector | None = None
-    #: When it died, where the database knows; otherwise it was noticed now.
-    died_at: datetime | None = None
-    #: By this process's monotonic clock; only the time since then is told to the database.
-    noticed: float = field(default_factory=time.monotonic, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class IncidentRow:
-    """A row of ``batchtrack_incident``, with its child's identifiers."""
-
-    id: uuid.UUID
-    batch_id: uuid.UUID
-    position: int
-    task: str
-    task_id: str
-    attempt: int
-    outcome: str  # what became of the row: its status, or `late_write`
-    cause: str
-    phase: str
-    items: list[str]
-    signal: str | None
-    exit_code: int | None
-    message: str | None
-    traceback: str | None
-    hostname: str | None
-    worker: str | None
-    pid: int | None
-    detected_by: str | None
-    verdict: str | None
-    died_at: datetime | None
-    detected_at: datetime
-    overturned_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +200,9 @@ class Settled:
     late: bool = False
     overturned: bool = False
     callbacks: bool = False  # a callback row was inserted: dispatch
+    successors: int = 0  # so many rows were split off: dispatch
+    paused: str | None = None  # this death opened the batch's breaker, and why
+    quarantined: bool = False  # this death put its item into quarantine
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +229,98 @@ class Release:
     signature: str | None = None
     sent: bool = False
     evidence: Evidence | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rerun:
+    """How a child that died is to run again."""
+
+    delay: float = 0.0  # seconds
+    strike: bool = True  # the death counts
+    isolated: bool = False  # alone in its worker
+    queue: str | None = None  # elsewhere than its task is routed
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some of a split child's items: a successor. With evidence it is settled at once, and that is its incident."""
+
+    items: tuple[str, ...]
+    item_count: int
+    signature: str | None  # JSON
+    task_id: str
+    status: Status = Status.PENDING
+    evidence: Evidence | None = None
+    isolated: bool = False
+    queue: str | None = None  # where it runs if that is elsewhere than its task is routed
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderResult:
+    """What one header position returned: JSON of its completed parts, in the order of their items.
+
+    `split` says that there are parts; a position that was never split has one text.
+    """
+
+    position: int
+    texts: tuple[str | None, ...]
+    split: bool = False
+    merge: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantinedItem:
+    """A row of ``batchtrack_quarantine``: an item that killed, of one task, under one version of the application."""
+
+    task: str
+    item_hash: str
+    version: str
+    item: str
+    deaths: int
+    quarantine_after: int
+    cause: str
+    signal: str | None
+    python_frame: str | None
+    batch_id: uuid.UUID | None
+    position: int | None
+    first_at: datetime
+    last_at: datetime
+    quarantined_at: datetime | None
+    released_at: datetime | None
+
+    @property
+    def state(self) -> str:
+        """quarantined | released | counted (it has not killed often enough)."""
+        if self.quarantined_at is not None:
+            return "quarantined"
+        return "released" if self.released_at is not None else "counted"
+
+
+@dataclass(frozen=True, slots=True)
+class CrashGroup:
+    """Deaths that have something in common (`key`), and what is typical of them."""
+
+    key: str
+    task: str
+    deaths: int
+    batches: int
+    items: int  # how many different items were in hand
+    cause: str
+    signal: str | None
+    python_frame: str | None
+    item: str | None
+    first_at: datetime
+    last_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Killer:
+    """The item that a death is blamed on, for the count of quarantine."""
+
+    item: str
+    item_hash: str
+    version: str
+    quarantine_after: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,13 @@ def _optional_text(value: Any) -> str | None:
     return None if value is None or value == "" else str(value)
 
 
+def _version(value: Any) -> str | None:
+    text = _optional_text(value)
+    if text is not None and len(text) > 64:
+        raise ValueError(f"must have at most 64 characters, not {len(text)}")
+    return text
+
+
 def _retention(value: Any) -> Mapping[str, float]:
     if not isinstance(value, Mapping):
         return {"completed": _positive(value), "other": _positive(value)}
@@ -154,6 +161,32 @@ class Settings:
         _not_negative,
         "seconds",
         "pause before a crashed child runs again, doubling with each crash, at most 5 minutes",
+    )
+    app_version: str | None = _setting(
+        None,
+        _version,
+        "text",
+        "the application's version: told by every incident, and an item's quarantine is over when it changes",
+    )
+    faulthandler: bool | None = _setting(
+        None,
+        _optional_boolean,
+        "boolean",
+        "Python stacks of fatal signals go into incidents; by default unless the application enabled faulthandler "
+        "itself; true takes it over",
+    )
+    adopt_isolated: bool = _setting(
+        True,
+        _boolean,
+        "boolean",
+        "a worker also consumes the `.isolated` queues of its queues when a suspect waits there; off where a worker "
+        "of their own does",
+    )
+    isolation_patience: float = _setting(
+        60.0,
+        _positive,
+        "seconds",
+        "a suspect waits so long for its worker to be free of all other tasks, then as long for another chance",
     )
     shards: int = _setting(16, _count, "rows", "tally rows of a batch; more lets more children settle at once")
     wait_poll: float = _setting(0.5, _positive, "seconds", "how often wait() and iter_progress() look")

@@ -131,6 +131,9 @@ IGNORE = Transition("ignore", (Status.RUNNING,), Status.CANCELLED)
 RELEASE = Transition("release", (Status.RUNNING,), Status.PENDING)
 STRIKE = Transition("strike", (Status.PENDING,), Status.PENDING)  # died before the claim, may run again
 CRASH_UNCLAIMED = Transition("crash_unclaimed", (Status.PENDING,), Status.CRASHED)
+QUARANTINE = Transition("quarantine", (Status.PENDING,), Status.CRASHED)  # never sent
+SPLIT = Transition("split", (Status.RUNNING,), Status.SPLIT)
+SPLIT_UNCLAIMED = Transition("split_unclaimed", (Status.PENDING,), Status.SPLIT)
 REFUSE = Transition("refuse", (Status.PENDING,), Status.FAILED)
 WITHDRAW = Transition("withdraw", (Status.PENDING,), Status.CANCELLED)  # revoked or expired before its start
 CANCEL = Transition("cancel", OPEN, Status.CANCELLED)
@@ -138,8 +141,8 @@ OVERTURN_COMPLETE = Transition("overturn_complete", (Status.CRASHED, Status.PEND
 OVERTURN_FAIL = Transition("overturn_fail", (Status.CRASHED, Status.PENDING), Status.FAILED)
 
 TRANSITIONS = (
-    CLAIM, COMPLETE, FAIL, CRASH, IGNORE, RELEASE, STRIKE, CRASH_UNCLAIMED, REFUSE, WITHDRAW, CANCEL,
-    OVERTURN_COMPLETE, OVERTURN_FAIL,
+    CLAIM, COMPLETE, FAIL, CRASH, IGNORE, RELEASE, STRIKE, CRASH_UNCLAIMED, QUARANTINE, SPLIT, SPLIT_UNCLAIMED,
+    REFUSE, WITHDRAW, CANCEL, OVERTURN_COMPLETE, OVERTURN_FAIL,
 )  # fmt: skip
 
 #: A settle from outside the run (main process, sweep) or from within, by its target.

@@ -13,7 +13,8 @@ from typing import Any
 
 from celery_batchtrack import Batch
 from celery_batchtrack.glue.extension import BatchTrack
-from celery_batchtrack.vocabulary.records import IncidentRow, Violation, WorkerRow
+from celery_batchtrack.vocabulary.evidence import IncidentRow
+from celery_batchtrack.vocabulary.records import Violation, WorkerRow
 from tests.helpers import eventually, unique
 from tests.nodes import ProcessWorker
 

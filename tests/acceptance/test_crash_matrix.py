@@ -16,7 +16,7 @@ from pytest_celery import CeleryTestSetup, CeleryTestWorker, CeleryWorkerCluster
 
 from celery_batchtrack import Batch
 from celery_batchtrack.glue.batch import Child
-from celery_batchtrack.vocabulary.records import IncidentRow
+from celery_batchtrack.vocabulary.evidence import IncidentRow
 from tests.acceptance.docker_nodes import DockerWorker
 from tests.acceptance.scene import Scene, embedded
 from tests.helpers import eventually, unique

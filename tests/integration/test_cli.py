@@ -28,8 +28,9 @@ from celery_batchtrack.store import Store, schema
 from celery_batchtrack.surfaces import pages, views
 from celery_batchtrack.surfaces.cli import batchtrack
 from celery_batchtrack.surfaces.render import Column, Screen, Table, bar, clean, cut, duration, width
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
-from celery_batchtrack.vocabulary.records import ChildRow, Ending, Evidence, HostIdentity, NewBatch, NewChild, NewWorker
+from celery_batchtrack.vocabulary.records import ChildRow, Ending, HostIdentity, NewBatch, NewChild, NewWorker
 from celery_batchtrack.vocabulary.states import Cause, Detector, Status, Verdict
 from tests.helpers import ROOT, eventually, free_port
 

@@ -9,8 +9,9 @@ import pytest
 import sqlalchemy as sa
 
 from celery_batchtrack.store import SlotTaken, Store, schema
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token
-from celery_batchtrack.vocabulary.records import Claimed, Ending, Evidence, Refused, Release
+from celery_batchtrack.vocabulary.records import Claimed, Ending, Refused, Release
 from celery_batchtrack.vocabulary.states import Cause, Status, Verdict
 from tests.races.rivals import Held, Rivals
 from tests.store.kit import SEGFAULT, Scene, add_up, counts, dispatch_all, refused

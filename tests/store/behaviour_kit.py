@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from celery_batchtrack.behaviour import failpoints
-from celery_batchtrack.behaviour.blackbox import Boxes
+from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.identity import WorkerIdentity
 from celery_batchtrack.behaviour.run import Run, Runner
 from celery_batchtrack.behaviour.tracker import Message, NotSent, Tracker

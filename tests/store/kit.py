@@ -13,18 +13,18 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from celery_batchtrack.store import Store, schema
+from celery_batchtrack.vocabulary.evidence import Evidence, IncidentRow
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
 from celery_batchtrack.vocabulary.records import (
     ChildRow,
     Claimed,
     Ending,
-    Evidence,
     HostIdentity,
-    IncidentRow,
     NewBatch,
     NewChild,
     NewWorker,
     Refused,
+    Rerun,
     Settled,
 )
 from celery_batchtrack.vocabulary.states import Cause, Detector, Status, Verdict
@@ -122,7 +122,8 @@ class Scene:
         evidence: Evidence | None = None,
     ) -> Settled:  # fmt: skip
         evidence = evidence or (SEGFAULT if verdict is Verdict.OBSERVED else SILENCE)
-        return self.store.crash(self.row(claimed.key), evidence, verdict, again)
+        rerun = None if again is None else Rerun(again)
+        return self.store.crash(self.row(claimed.key), evidence, verdict, rerun)
 
     def row(self, key: ChildKey) -> ChildRow:
         row = self.store.child(key)

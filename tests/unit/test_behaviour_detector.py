@@ -15,23 +15,25 @@ import pytest
 import sqlalchemy as sa
 
 from celery_batchtrack.behaviour import dispatch, hosts, recovery, spool
-from celery_batchtrack.behaviour.blackbox import Boxes, Page, Phase
+from celery_batchtrack.behaviour.blackbox import Page, Phase
+from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.detector import Death, Reconciler, Sweeper, process_died
 from celery_batchtrack.behaviour.identity import WorkerIdentity
 from celery_batchtrack.behaviour.run import Runner
 from celery_batchtrack.store import Store, schema
 from celery_batchtrack.store.clock import later
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.crash_policy import RowPolicy
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, Ticket, new_token
-from celery_batchtrack.vocabulary.policies import RerunPolicy
-from celery_batchtrack.vocabulary.records import Claimed, Ending, Evidence, HostIdentity
+from celery_batchtrack.vocabulary.records import Claimed, Ending, HostIdentity
 from celery_batchtrack.vocabulary.states import Cause, Status, Verdict
 from tests.store.behaviour_kit import Bench, Told, killed, tracker_on
 from tests.store.kit import ELSEWHERE, RETRY, Scene, add_up, counts, some
 
 CALLS = ("on_success", "on_failure", "on_finish")
 DONE = Ending(Status.COMPLETED, '"done"')
-AGAIN = RerunPolicy("retry", True, True, True)
+AGAIN = RowPolicy("retry", True, True, True)
 
 
 @pytest.fixture

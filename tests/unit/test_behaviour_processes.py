@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from celery_batchtrack.behaviour import blackbox, hosts, spool
-from celery_batchtrack.behaviour.blackbox import Boxes, Page, PageState, Phase
+from celery_batchtrack.behaviour.blackbox import Page, PageState, Phase
+from celery_batchtrack.behaviour.folders import Boxes
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
-from celery_batchtrack.vocabulary.records import Ending, Evidence
+from celery_batchtrack.vocabulary.records import Ending
 from celery_batchtrack.vocabulary.states import Cause, Status
 from tests.helpers import ROOT, eventually
 
@@ -121,15 +123,15 @@ page = Page(Path({str(path)!r}))
 page.enter(ChildKey(uuid.UUID({str(KEY.batch_id)!r}), 7), uuid.UUID({str(TOKEN)!r}), Phase.RUNNING)
 """
     with another_process(code) as process:
-        assert blackbox.held(path) is True
+        assert folders.held(path) is True
         process.send_signal(signal.SIGSEGV)
         process.wait()
         assert blackbox.read(path) == PageState(Phase.RUNNING, KEY, TOKEN)
-        assert blackbox.held(path) is False
+        assert folders.held(path) is False
 
 
 def test_nothing_is_known_of_a_lock_whose_file_is_not_there(tmp_path: Path) -> None:
-    assert blackbox.held(tmp_path / "missing") is None
+    assert folders.held(tmp_path / "missing") is None
 
 
 def test_a_page_without_a_file_does_nothing() -> None:
@@ -145,19 +147,19 @@ def test_a_page_without_a_file_does_nothing() -> None:
 
 def test_the_folder_that_was_asked_for_is_made_private(tmp_path: Path) -> None:
     wanted = tmp_path / "a" / "b"
-    assert blackbox.choose_folder(str(wanted)) == wanted
+    assert folders.choose_folder(str(wanted)) == wanted
     assert wanted.stat().st_mode & 0o077 == 0
 
 
 def test_no_other_folder_is_taken_where_the_one_asked_for_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert blackbox.choose_folder(str(tmp_path / "file" / "x")) is None
+    assert folders.choose_folder(str(tmp_path / "file" / "x")) is None
 
 
 def test_by_default_the_first_writable_place_of_this_user_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = blackbox.choose_folder(None)
+    found = folders.choose_folder(None)
     assert found is not None and found.name == f"batchtrack-{os.getuid()}"
     real = Path.mkdir
 
@@ -168,7 +170,7 @@ def test_by_default_the_first_writable_place_of_this_user_is_taken(
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert blackbox.choose_folder(None) == tmp_path / f"batchtrack-{os.getuid()}"
+    assert folders.choose_folder(None) == tmp_path / f"batchtrack-{os.getuid()}"
 
 
 def test_pages_of_all_processes_are_found_by_slot(tmp_path: Path) -> None:
@@ -209,7 +211,7 @@ def test_a_clean_end_removes_the_folder_unless_an_end_is_still_undelivered(tmp_p
         boxes.create()
     assert owing.folder is not None
     spool.write(owing.folder, _spooled())
-    assert blackbox.with_spool(tmp_path) == {owing.worker_id}
+    assert folders.with_spool(tmp_path) == {owing.worker_id}
     clean.remove()
     owing.remove()
     assert [path.name for path in tmp_path.iterdir()] == [str(owing.worker_id)]

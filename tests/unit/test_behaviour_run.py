@@ -14,7 +14,8 @@ import sqlalchemy as sa
 
 from celery_batchtrack import errors
 from celery_batchtrack.behaviour import blackbox, dispatch, finish, spool
-from celery_batchtrack.behaviour.blackbox import Boxes, Phase
+from celery_batchtrack.behaviour.blackbox import Phase
+from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.detector import Reconciler
 from celery_batchtrack.behaviour.run import Run, deliver_spool
 from celery_batchtrack.behaviour.tracker import Message

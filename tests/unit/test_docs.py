@@ -25,9 +25,10 @@ from celery_batchtrack.behaviour.identity import WorkerIdentity
 from celery_batchtrack.store import Store
 from celery_batchtrack.store.schema import metadata
 from celery_batchtrack.store.verify import CHECKS
+from celery_batchtrack.vocabulary.crash_policy import Judgement, RowPolicy, judge
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
-from celery_batchtrack.vocabulary.policies import Judgement, RerunPolicy, judge
-from celery_batchtrack.vocabulary.records import Evidence, NewBatch, NewChild
+from celery_batchtrack.vocabulary.records import NewBatch, NewChild
 from celery_batchtrack.vocabulary.settings import PREFIX, Settings
 from celery_batchtrack.vocabulary.states import (
     BATCH_ENDED,
@@ -118,7 +119,7 @@ def as_acks() -> str:
             "acks_late": False, "reject_on_worker_lost": False, "retry_on_worker_lost": False,
             "acks_on_timeout": True, **flags,
         }  # fmt: skip
-        policy = RerunPolicy.resolve("as_acks", 3, **said)
+        policy = RowPolicy.resolve("as_acks", 3, **said)
         again = [judge(policy, cause, 0) is Judgement.RUN_AGAIN for _, cause in deaths]
         lines.append(f"| {text} | " + " | ".join("yes" if each else "no" for each in again) + " |")
     return "\n".join(lines)

@@ -9,15 +9,9 @@ import pytest
 
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary import states
+from celery_batchtrack.vocabulary.crash_policy import Judgement, RowPolicy, backoff, judge
 from celery_batchtrack.vocabulary.ids import ChildKey, Ticket, uuid7
-from celery_batchtrack.vocabulary.policies import (
-    Judgement,
-    RerunPolicy,
-    Tolerance,
-    backoff,
-    judge,
-    outcome,
-)
+from celery_batchtrack.vocabulary.policies import Tolerance, outcome
 from celery_batchtrack.vocabulary.states import BatchStatus, Cause, Status
 
 # -- states ----------------------------------------------------------------------------------------
@@ -102,16 +96,16 @@ _PROCESS = (Cause.SIGNAL, Cause.EXIT, Cause.OOM, Cause.STALLED, Cause.SETTLE_LOS
 @pytest.mark.parametrize("cause", [*_PROCESS, Cause.WORKER_LOST, Cause.TIME_LIMIT])
 @pytest.mark.parametrize(("process", "worker", "limit"), list(itertools.product((True, False), repeat=3)))
 def test_each_kind_of_death_asks_its_own_flag(cause: Cause, process: bool, worker: bool, limit: bool) -> None:
-    policy = RerunPolicy("as_acks", process, worker, limit)
+    policy = RowPolicy("as_acks", process, worker, limit)
     flag = {Cause.WORKER_LOST: worker, Cause.TIME_LIMIT: limit}.get(cause, process)
     assert judge(policy, cause, 0) is (Judgement.RUN_AGAIN if flag else Judgement.CRASHED)
 
 
 def test_the_third_death_settles_by_default_whatever_the_policy() -> None:
-    policy = RerunPolicy("retry", True, True, True)
+    policy = RowPolicy("retry", True, True, True)
     judged = [judge(policy, Cause.SIGNAL, crashes) for crashes in range(4)]
     assert judged == [Judgement.RUN_AGAIN, Judgement.RUN_AGAIN, Judgement.CRASHED, Judgement.CRASHED]
-    assert judge(RerunPolicy("retry", True, True, True, max_crashes=1), Cause.SIGNAL, 0) is Judgement.CRASHED
+    assert judge(RowPolicy("retry", True, True, True, max_crashes=1), Cause.SIGNAL, 0) is Judgement.CRASHED
 
 
 @pytest.mark.parametrize(
@@ -129,7 +123,7 @@ def test_the_third_death_settles_by_default_whatever_the_policy() -> None:
 def test_as_acks_is_what_the_task_told_celery(
     late: bool, reject: bool, retry: bool, on_timeout: bool, process: bool, worker: bool, limit: bool
 ) -> None:
-    policy = RerunPolicy.resolve(
+    policy = RowPolicy.resolve(
         "as_acks", 3, acks_late=late, reject_on_worker_lost=reject, retry_on_worker_lost=retry,
         acks_on_timeout=on_timeout,
     )  # fmt: skip
@@ -138,18 +132,18 @@ def test_as_acks_is_what_the_task_told_celery(
 
 def test_record_never_and_retry_always_runs_again() -> None:
     how = {"acks_late": True, "reject_on_worker_lost": True, "retry_on_worker_lost": True, "acks_on_timeout": False}
-    assert not RerunPolicy.resolve("record", 3, **how).runs_again
+    assert not RowPolicy.resolve("record", 3, **how).runs_again
     told_nothing = dict.fromkeys(how, False)
-    retry = RerunPolicy.resolve("retry", 5, **told_nothing)
+    retry = RowPolicy.resolve("retry", 5, **told_nothing)
     assert (retry.process, retry.worker, retry.time_limit, retry.max_crashes) == (True, True, True, 5)
 
 
 def test_a_policy_survives_its_row_and_the_usual_one_costs_nothing() -> None:
-    assert RerunPolicy("record").as_option() is None
-    assert RerunPolicy.from_option(None) == RerunPolicy()
-    policy = RerunPolicy("as_acks", worker=True, max_crashes=7)
-    assert RerunPolicy.from_option(policy.as_option()) == policy
-    assert RerunPolicy.from_option({"worker": True, "of a later version": 1}).worker
+    assert RowPolicy("record").as_option() is None
+    assert RowPolicy.from_option(None) == RowPolicy()
+    policy = RowPolicy("as_acks", worker=True, max_crashes=7)
+    assert RowPolicy.from_option(policy.as_option()) == policy
+    assert RowPolicy.from_option({"worker": True, "of a later version": 1}).worker
 
 
 def test_backoff_doubles_to_a_ceiling() -> None:

@@ -1,0 +1,117 @@
+"""From a dead process to the item in its hand: what its black box and its last stack say of a run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from celery_batchtrack.vocabulary.evidence import Evidence
+from celery_batchtrack.vocabulary.records import ChildRow
+from celery_batchtrack.vocabulary.states import Cause
+
+from . import blackbox, fatal
+from .blackbox import InHand, Page, PageState, slot_process
+from .folders import Boxes
+
+#: Identifier of an item that has none of its own: its index.
+_BY_INDEX = re.compile(r"\[(\d+)\]")
+
+
+def of_run(evidence: Evidence, boxes: Boxes, row: ChildRow) -> Evidence:
+    """The evidence of a claimed run that died, with everything that its slot left behind."""
+    path = boxes.path(row.slot) if row.slot else None
+    page = None if path is None else blackbox.read(path)
+    if page is not None and page.token != row.run_token:
+        page = None  # it says nothing of this run
+    if page is not None:
+        evidence = replace(evidence, **_in_hand(page, row))
+        evidence = replace(evidence, peak_memory=max(evidence.peak_memory or 0, page.peak_memory) or None)
+    return _with_stack(evidence, boxes, row, page)
+
+
+def of_failure(evidence: Evidence, page: Page) -> Evidence:
+    """The evidence of a run that failed in this very process, with what its page says."""
+    state = blackbox.read(page.path) if page.works and page.path is not None else None
+    if state is None or state.item is None:
+        return evidence
+    item = state.item
+    return replace(
+        evidence, item=item.identifier, item_index=item.index if item.declared else None, items_done=item.done,
+        note=state.note,
+    )  # fmt: skip
+
+
+def of_process(evidence: Evidence, boxes: Boxes, pid: int, started: int | None) -> Evidence:
+    """The evidence of a process that died before it could claim: its stack is all there is."""
+    return _stacked(evidence, fatal.read(boxes.stack_path(pid, started)))
+
+
+def _in_hand(page: PageState, row: ChildRow) -> dict[str, Any]:
+    found: dict[str, Any] = {"note": page.note}
+    if page.item is not None:
+        index = index_of(page.item, row.items)
+        shown = row.items[index] if index is not None and row.items else page.item.identifier
+        found.update(item=shown, item_index=index, items_done=page.item.done, promised=page.item.promised)
+        if index is None and page.item.index is not None and not row.items:
+            found["item_index"] = page.item.index  # of a task that declares no items: an index all the same
+    elif row.item_count == 1 and row.items:
+        found["item"] = row.items[0]
+    return found
+
+
+def index_of(item: InHand, items: list[str]) -> int | None:
+    """Which of the child's items is meant: by its index where the loop went over the items as declared, else by its
+    identifier, if that is unique. None where it cannot be told."""
+    if item.index is None:
+        return None
+    if item.declared and item.index < len(items):
+        return item.index
+    named = item.identifier
+    if named is None or _BY_INDEX.fullmatch(named) or items.count(named) != 1:
+        return None
+    return items.index(named)
+
+
+def _with_stack(evidence: Evidence, boxes: Boxes, row: ChildRow, page: PageState | None) -> Evidence:
+    if row.slot is None:
+        return evidence
+    pid, started = slot_process(row.slot)
+    stack = fatal.read(boxes.stack_path(pid, started))
+    if stack is None:
+        return evidence
+    if evidence.cause in (Cause.SIGNAL, Cause.OOM) and evidence.signal in (stack.signal, None):
+        return _stacked(evidence, stack)
+    if evidence.cause is Cause.STALLED and stack.signal is None:
+        return _stacked(evidence, stack)
+    if evidence.cause in (Cause.WORKER_LOST, Cause.EXIT) and stack.signal is not None and evidence.exit_code is None:
+        return _explained(evidence, stack, page, alone=_is_alone(boxes, row.slot))
+    return evidence
+
+
+def _explained(evidence: Evidence, stack: fatal.FatalStack, page: PageState | None, *, alone: bool) -> Evidence:
+    """Nobody saw how it died, but it said so itself: it was this run, if the thread that died is its own, or if the
+    process had no other."""
+    if not alone and (page is None or page.thread != stack.thread):
+        return evidence
+    message = f"{evidence.message}; it had died of {stack.signal}" if evidence.message else None
+    return _stacked(replace(evidence, cause=Cause.SIGNAL, signal=stack.signal, message=message), stack)
+
+
+def _is_alone(boxes: Boxes, slot: str) -> bool:
+    """Whether no other thread of its process had a page in use."""
+    process, _, rest = slot.partition(":")
+    start, thread, _ = rest.split(":")
+    for other, path in boxes.pages():
+        pid, began, native, _ = other.split(":")
+        if (pid, began) == (process, start) and native != thread:
+            page = blackbox.read(path)
+            if page is None or page.key is not None:
+                return False
+    return True
+
+
+def _stacked(evidence: Evidence, stack: fatal.FatalStack | None) -> Evidence:
+    if stack is None:
+        return evidence
+    return replace(evidence, stack=stack.text, python_frame=stack.frame)

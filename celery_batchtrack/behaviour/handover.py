@@ -1,0 +1,135 @@
+"""A child's items in its stored arguments: found, cut in parts, and handed on to successors."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from celery_batchtrack.vocabulary.crash_policy import Action, RowPolicy
+from celery_batchtrack.vocabulary.evidence import Evidence
+from celery_batchtrack.vocabulary.records import ChildRow, Killer, Part
+from celery_batchtrack.vocabulary.states import Status
+
+from .tracker import Codec
+
+_BY_INDEX = re.compile(r"\[\d+\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """The items of one child, as its row has them: arguments and identifiers."""
+
+    signature: dict[str, Any]
+    path: tuple[str | int, ...]
+    values: list[Any]
+    names: tuple[str, ...]
+
+    def chosen(self, indices: Sequence[int], codec: Codec) -> tuple[tuple[str, ...], str]:
+        """(identifiers, signature) of a child with these items only."""
+        signature = copy.deepcopy({**self.signature, "args": list(self.signature.get("args") or ())})
+        holder: Any = signature
+        for step in self.path[:-1]:
+            holder = holder[step]
+        holder[self.path[-1]] = [self.values[index] for index in indices]
+        return tuple(self.names[index] for index in indices), codec.dumps(signature)
+
+
+def items_of(row: ChildRow, path: Sequence[str | int] | None, codec: Codec) -> Items | None:
+    """None where the row does not hold its items any more, or not as a list of as many as it has identifiers."""
+    if path is None or row.signature is None:
+        return None
+    try:
+        signature = codec.loads(row.signature)
+        found: Any = signature
+        for step in path:
+            found = found[step]
+    except (LookupError, TypeError, ValueError):
+        return None
+    if not isinstance(found, list | tuple) or len(found) != len(row.items) or len(found) != row.item_count:
+        return None
+    return Items(signature, tuple(path), list(found), tuple(row.items))
+
+
+def item_hash(name: str, value: Any) -> str:
+    """Names an item over all batches, in 32 hexadecimal digits: by its identifier, or by what it is where it has
+    none of its own."""
+    told = name
+    if _BY_INDEX.fullmatch(name):
+        told = "=" + json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(told.encode("utf-8", "replace")).hexdigest()[:32]
+
+
+def killer_of(
+    row: ChildRow, policy: RowPolicy, evidence: Evidence, version: str | None, codec: Codec
+) -> Killer | None:
+    """The item that this death is blamed on, if it is known and its task counts such deaths."""
+    if policy.quarantine_after is None:
+        return None
+    index = 0 if row.item_count == 1 else evidence.item_index
+    items = items_of(row, policy.items, codec)
+    if items is None or index is None or index >= len(items.names):
+        return None
+    name = items.names[index]
+    return Killer(name[:255], item_hash(name, items.values[index]), version or "", policy.quarantine_after)
+
+
+# -- parts ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a dead child's items are divided. `own`: the split child's own evidence, where no part carries it."""
+
+    parts: list[Part]
+    own: Evidence | None
+
+
+def cut(
+    row: ChildRow, policy: RowPolicy, action: Action, evidence: Evidence, codec: Codec, *, isolated: bool = False,
+    queue: str | None = None,
+) -> Cut | None:  # fmt: skip
+    """The successors of a child that died, as the judgement says. None where its items cannot be taken apart."""
+    items = items_of(row, policy.items, codec)
+    if items is None:
+        return None
+    count, index = len(items.values), evidence.item_index
+
+    def part(indices: Sequence[int], status: Status = Status.PENDING, told: Evidence | None = None) -> Part:
+        names, signature = items.chosen(indices, codec)
+        return Part(
+            names, len(names), None if status is Status.COMPLETED else signature, str(uuid.uuid4()), status, told,
+            isolated=isolated and status is Status.PENDING, queue=queue,
+        )  # fmt: skip
+
+    if action is Action.BISECT:
+        middle = (count + 1) // 2
+        return Cut([part(range(middle)), part(range(middle, count))], evidence)
+    if index is None or not 0 <= index < count:
+        return None
+    killed = part([index], Status.CRASHED, replace(evidence, item_index=0, item=items.names[index]))
+    done, left = range(index), range(index + 1, count)
+    if action is Action.SKIP:
+        return Cut([killed, part([*done, *left])], None)
+    finished = [part(done, Status.COMPLETED)] if done else []
+    if action is Action.GO_ON:
+        return Cut([*finished, part(range(index, count))], evidence)
+    return Cut([*finished, killed, *([part(left)] if left else [])], None)
+
+
+def set_aside(items: Items, condemned: Sequence[int], evidence: Sequence[Evidence], codec: Codec) -> list[Part]:
+    """Parts of a child some of whose items are in quarantine: each of those alone and crashed, the others together."""
+    parts = []
+    for index, told in zip(condemned, evidence, strict=True):
+        names, signature = items.chosen([index], codec)
+        parts.append(Part(names, 1, signature, str(uuid.uuid4()), Status.CRASHED, told))
+    left = [index for index in range(len(items.values)) if index not in set(condemned)]
+    if left:
+        names, signature = items.chosen(left, codec)
+        parts.append(Part(names, len(left), signature, str(uuid.uuid4())))
+    return parts

@@ -1,0 +1,164 @@
+"""Memory: how much a process took, and whether it was the kernel that killed it for it.
+
+Sources: `getrusage(2)` and ``VmHWM`` of ``/proc/<pid>/status`` for the peak; ``/dev/kmsg``, where it may be read, names
+the process that the kernel killed; else ``oom_kill`` of the cgroup's ``memory.events`` (v2) or ``memory.oom_control``
+(v1) counts such kills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_PROC = Path("/proc")
+_KMSG = Path("/dev/kmsg")
+_CGROUPS = Path("/sys/fs/cgroup")
+#: The inode of the first pid namespace: there the kernel's pids are ours (``PROC_PID_INIT_INO``).
+_FIRST_NAMESPACE = "pid:[4026531836]"
+_UNIT = 1 if sys.platform == "darwin" else 1024
+_KILLED = re.compile(r"[Kk]illed process (\d+)\b")
+_COUNTER = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
+_HIGH_WATER = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
+
+
+def own_peak() -> int:
+    """Peak resident memory of this process, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
+
+
+def peak_of(pid: int) -> int | None:
+    """Peak resident memory of a living process, in bytes; None where that cannot be read."""
+    with contextlib.suppress(OSError):
+        found = _HIGH_WATER.search((_PROC / str(pid) / "status").read_text(errors="replace"))
+        return int(found[1]) * 1024 if found else None
+    return None
+
+
+@dataclass
+class Peaks:
+    """Of pool processes, sampled while they live, since a dead one cannot be asked."""
+
+    _seen: dict[int, int] = field(default_factory=dict)
+    _reaped: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+    def sample(self, pids: set[int]) -> None:
+        for pid in pids:
+            peak = peak_of(pid)
+            if peak is not None:
+                self._seen[pid] = peak
+        for pid in set(self._seen) - pids:
+            del self._seen[pid]
+
+    def of_the_dead(self, pid: int) -> int | None:
+        """The most that is known of it. Exact if it was the largest process that was ever reaped here."""
+        reaped = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        largest = reaped * _UNIT if reaped > self._reaped else None
+        self._reaped = reaped
+        known = [each for each in (self._seen.get(pid), largest) if each is not None]
+        return max(known, default=None)
+
+
+def _cgroup_files(pid: int | str) -> set[Path]:
+    """Files with the counters of the cgroup that a process is in."""
+    found: set[Path] = set()
+    with contextlib.suppress(OSError):
+        for line in (_PROC / str(pid) / "cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            inside = path.lstrip("/")
+            if number == "0":
+                places = [_CGROUPS / inside / "memory.events", _CGROUPS / "unified" / inside / "memory.events"]
+            elif "memory" in controllers.split(","):
+                # In a container the path is the host's, and its own cgroup is mounted as the root.
+                places = [each / "memory.oom_control" for each in (_CGROUPS / "memory" / inside, _CGROUPS / "memory")]
+            else:
+                continue
+            found.update([each for each in places if each.is_file()][:1])
+    return found
+
+
+def _count(path: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        found = _COUNTER.search(path.read_text())
+        return int(found[1]) if found else None
+    return None
+
+
+class KernelKills:
+    """Tells an out-of-memory kill from a SIGKILL by somebody. Watches from when it is made."""
+
+    def __init__(self) -> None:
+        self._log = self._open_log()
+        self._named: set[int] = set()
+        self._counters: dict[Path, int] = {}
+        self.look()
+
+    def _open_log(self) -> int | None:
+        """The kernel's log, from now on. Only where its pids are ours."""
+        with contextlib.suppress(OSError):
+            if str((_PROC / "self/ns/pid").readlink()) != _FIRST_NAMESPACE:
+                return None
+            log = os.open(_KMSG, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                os.lseek(log, 0, os.SEEK_END)
+                os.read(log, 0)  # refused here if anywhere
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EAGAIN):
+                    os.close(log)
+                    return None
+            return log
+        return None
+
+    def look(self, pids: set[int] | None = None) -> None:
+        """Learn the counters of the cgroups that this process and the given ones are in, while they live."""
+        for pid in ("self", *(pids or ())):
+            for path in _cgroup_files(pid):
+                if path not in self._counters:
+                    count = _count(path)
+                    if count is not None:
+                        self._counters[path] = count
+
+    def was(self, pid: int) -> str | None:
+        """Why it is certain, or all but certain, that the kernel killed this process for memory; None otherwise."""
+        if self._log is not None:
+            if self._read_log() and pid in self._named:
+                self._named.discard(pid)
+                self._take_one()
+                return "the kernel's log says that it was killed for memory"
+            if self._log is not None:
+                return None  # the log is whole and does not name it
+        path = self._take_one()
+        return None if path is None else f"oom_kill of {path} went up"
+
+    def _take_one(self) -> Path | None:
+        """One kill that a counter has and nobody was told of yet."""
+        for path, before in self._counters.items():
+            present = _count(path)
+            if present is not None and present > before:
+                self._counters[path] = before + 1
+                return path
+        return None
+
+    def _read_log(self) -> bool:
+        """Take in what the kernel has said since. False once lines were lost: then the counters tell."""
+        assert self._log is not None
+        while True:
+            try:
+                line = os.read(self._log, 8192).decode(errors="replace")
+            except BlockingIOError:
+                return True
+            except OSError:  # overwritten before it was read, or taken away
+                os.close(self._log)
+                self._log = None
+                return False
+            self._named.update(int(pid) for pid in _KILLED.findall(line))
+
+    def close(self) -> None:
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None

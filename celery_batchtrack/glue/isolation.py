@@ -1,0 +1,125 @@
+"""Suspects run alone: a gate in the worker's main process, and the queues in which they wait.
+
+A child whose worker died together with others is a suspect. Its next attempt waits in a queue of its own, and in
+whichever worker takes it, the gate lets it through only when nothing else runs there, and nothing else while it runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from celery.worker import state
+
+from celery_batchtrack.vocabulary.crash_policy import ISOLATED, base_queue
+
+logger = logging.getLogger("celery_batchtrack")
+
+_Start = Callable[[], object]
+
+
+class Gate:
+    """Holds tasks back while a suspect waits for its turn, or has it. All calls come from the main process's loop
+    (or its timer's thread, where it has none)."""
+
+    def __init__(self, patience: float, give_way: Callable[[Any], None], clock: Callable[[], float] = time.monotonic):
+        self._patience, self._give_way, self._clock = patience, give_way, clock
+        self._lock = threading.RLock()
+        self._suspects: collections.deque[tuple[Any, _Start, float]] = collections.deque()
+        self._held: collections.deque[tuple[Any, _Start]] = collections.deque()
+        self._alone: weakref.ref[Any] | None = None
+
+    def lets_through(self, request: Any, *, isolated: bool) -> bool:
+        """Whether a request may start now. If not, it is to be held."""
+        if not isolated and self._alone is None and not self._suspects:
+            return True
+        with self._lock:
+            if not isolated:
+                return not self._closed()
+            if self._closed() or self._others(request):
+                return False
+            self._alone = weakref.ref(request)
+            return True
+
+    def hold(self, request: Any, start: _Start) -> None:
+        """Keep a request until the gate is open for it. Its message is not acknowledged meanwhile."""
+        header = request.request_dict.get("batchtrack")
+        with self._lock:
+            if header is not None and header.get("isolated") is True:
+                self._suspects.append((request, start, self._clock()))
+            else:
+                self._held.append((request, start))
+
+    def tick(self) -> None:
+        """Start what may start. Called several times a second."""
+        if self._alone is None and not self._suspects and not self._held:
+            return
+        with self._lock:
+            self._forget_the_gone()
+            if self._alone is not None and not self._is_active(self._alone()):
+                self._alone = None
+            self._hurry()
+            if self._alone is None and self._suspects and not self._others(self._suspects[0][0]):
+                request, start, _ = self._suspects.popleft()
+                self._alone = weakref.ref(request)
+                start()
+            while self._held and not self._closed():
+                _, start = self._held.popleft()
+                start()
+
+    def _closed(self) -> bool:
+        return bool(self._suspects) or (self._alone is not None and self._is_active(self._alone()))
+
+    def _is_active(self, request: Any) -> bool:
+        return request is not None and request in state.reserved_requests
+
+    def _others(self, request: Any) -> bool:
+        """Whether anything else was handed to the pool and is not over."""
+        waiting = {id(each[0]) for each in (*self._suspects, *self._held)} | {id(request)}
+        return any(id(each) not in waiting for each in list(state.reserved_requests))
+
+    def _forget_the_gone(self) -> None:
+        """After a lost connection Celery forgets what it has reserved: the broker delivers it again."""
+        self._suspects = collections.deque(each for each in self._suspects if self._is_active(each[0]))
+        self._held = collections.deque(each for each in self._held if self._is_active(each[0]))
+
+    def _hurry(self) -> None:
+        """A worker that is never free must not stand still for a suspect: it gives way, and is sent again later."""
+        while self._suspects and self._alone is None and self._clock() - self._suspects[0][2] > self._patience:
+            request, _, _ = self._suspects.popleft()
+            self._give_way(request)
+
+
+class IsolatedQueues:
+    """Consumes a suspects' queue as soon as something waits in it, in every worker of the queue it belongs to."""
+
+    def __init__(self) -> None:
+        self._consumer: Any = None
+
+    def attach(self, consumer: Any) -> None:
+        """The worker's consumer; a new one after each lost connection of some transports."""
+        self._consumer = consumer
+
+    def adopt(self, waiting: Iterable[str]) -> None:
+        """`waiting`: queues with suspects. From any thread: the consumer's own does it."""
+        consumer = self._consumer
+        if consumer is None or getattr(consumer, "task_consumer", None) is None:
+            return
+        consumed = {queue.name for queue in consumer.task_consumer.queues}
+        for queue in waiting:
+            if queue.endswith(ISOLATED) and queue not in consumed and base_queue(queue) in consumed:
+                logger.warning("action=isolated_queue suspects wait in %s: this worker consumes it from now on", queue)
+                consumer.call_soon(_consume, consumer, queue)
+
+
+def _consume(consumer: Any, queue: str) -> None:
+    if not consumer.task_consumer.consuming_from(queue):
+        consumer.add_task_queue(queue)
+
+
+__all__ = ["Gate", "IsolatedQueues"]

@@ -1,0 +1,147 @@
+"""A child's items are handed on to successors: one transaction, and no item is lost or doubled."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from celery_batchtrack.vocabulary.evidence import Evidence
+from celery_batchtrack.vocabulary.ids import ChildKey
+from celery_batchtrack.vocabulary.records import ChildRow, Killer, Part, Settled
+from celery_batchtrack.vocabulary.states import (
+    BATCH_ALIVE,
+    SPLIT,
+    SPLIT_UNCLAIMED,
+    Kind,
+    Status,
+    Verdict,
+)
+
+from . import breaker, callbacks
+from .clock import now
+from .engine import Connected
+from .incidents import Attempt, record
+from .quarantine import count_kill
+from .schema import batch, child
+from .transitions import change, regroup
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    next_position: int
+    shards: int
+
+
+class Splitting(Connected):
+    """Locks: the batch (its `next_position` moves), then the child, then the tally by shard."""
+
+    def split(
+        self, row: ChildRow, parts: Sequence[Part], evidence: Evidence | None, *, killer: Killer | None = None,
+        claimed: bool = True, death: bool = True,
+    ) -> Settled:  # fmt: skip
+        """``running → split`` (or pending, where it was never claimed): its items are those of `parts` from now on.
+
+        `evidence` is the split child's own incident, where no part carries it. Fenced by the run token that `row`
+        was read with, or by its attempt. With `death`, it is counted as one.
+        """
+        failed = any(part.status is Status.CRASHED for part in parts)
+        with self.write() as connection:
+            first = callbacks.lock_for_first_failure(
+                connection, row.batch_id, Status.CRASHED if failed else Status.SPLIT
+            )
+            watched = breaker.lock(connection, row.batch_id) if death else None
+            owner = self._owner(connection, row.batch_id)
+            if owner is None or not self._leave(connection, row, claimed=claimed, death=death, evidence=evidence):
+                return Settled(False)
+            attempt = row.attempt if claimed or not death else row.attempt + 1
+            if evidence is not None:
+                record(connection, Attempt.of(row, attempt), Status.SPLIT, evidence, Verdict.OBSERVED)
+            position, quarantined = self._insert_parts(connection, row, parts, owner, attempt, killer)
+            if first is not None:
+                first = replace(first, next_position=position)
+            called = failed and callbacks.insert_first_failure(connection, first, row.kind)
+            paused = breaker.count_death(connection, watched)
+            pending = sum(part.status is Status.PENDING for part in parts)
+            return Settled(
+                True, look=not pending, callbacks=called, successors=pending, paused=paused, quarantined=quarantined
+            )
+
+    def _owner(self, connection: sa.Connection, batch_id: uuid.UUID) -> _Owner | None:
+        found = connection.execute(
+            sa.select(batch.c.next_position, batch.c.shards)
+            .where(batch.c.id == batch_id, batch.c.status.in_([each.value for each in BATCH_ALIVE]))
+            .with_for_update(key_share=True)
+        ).one_or_none()
+        return None if found is None else _Owner(*found)
+
+    def _leave(
+        self, connection: sa.Connection, row: ChildRow, *, claimed: bool, death: bool, evidence: Evidence | None
+    ) -> bool:
+        here = sa.and_(child.c.batch_id == row.batch_id, child.c.position == row.position)
+        values: dict[str, Any] = {"cause": evidence.cause.value if evidence else None, "signature": None}
+        if death:
+            values.update(crashes=child.c.crashes + 1, verdict=Verdict.OBSERVED.value)
+        if claimed:
+            statement = change(SPLIT, here, child.c.run_token == row.run_token, **values)
+        else:
+            values["attempt"] = child.c.attempt + int(death)
+            statement = change(SPLIT_UNCLAIMED, here, child.c.attempt == row.attempt, **values)
+        return connection.execute(statement).rowcount == 1
+
+    def _insert_parts(
+        self, connection: sa.Connection, row: ChildRow, parts: Sequence[Part], owner: _Owner, attempt: int,
+        killer: Killer | None,
+    ) -> tuple[int, bool]:  # fmt: skip
+        """The next free position, and whether the killer is in quarantine from now on."""
+        quarantined = False
+        added: list[tuple[int, int, Status]] = []
+        position = owner.next_position
+        for part in parts:
+            shard = position % owner.shards
+            connection.execute(sa.insert(child).values(**_values(row, part, position, shard, attempt)))
+            added.append((shard, part.item_count, part.status))
+            if part.evidence is not None:
+                key = ChildKey(row.batch_id, position)
+                told = replace(Attempt.of(row, attempt), key=key)
+                record(connection, told, part.status, part.evidence, Verdict.OBSERVED)
+                quarantined |= count_kill(connection, row.task, killer, key, part.evidence)
+            position += 1
+        regroup(connection, row.batch_id, (row.shard, row.item_count), added)
+        connection.execute(sa.update(batch).where(batch.c.id == row.batch_id).values(next_position=position))
+        return position, quarantined
+
+    def splits_of(self, row: ChildRow) -> int:
+        """How often the items of this row's header position have been split."""
+        origin = row.position if row.origin is None else row.origin
+        family = sa.or_(child.c.origin == origin, child.c.position == origin)
+        query = sa.select(sa.func.count()).where(
+            child.c.batch_id == row.batch_id, family, child.c.status == Status.SPLIT.value
+        )
+        with self.read() as connection:
+            return int(connection.execute(query).scalar_one())
+
+
+def _values(row: ChildRow, part: Part, position: int, shard: int, attempt: int) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "batch_id": row.batch_id, "position": position, "kind": Kind.CHILD.value, "round": row.round, "shard": shard,
+        "task": row.task, "task_id": part.task_id, "status": part.status.value, "split_from": row.position,
+        "origin": row.position if row.origin is None else row.origin, "policy": row.policy,
+        "items": list(part.items) or None, "item_count": part.item_count, "created_at": now(),
+        "queue": part.queue or row.queue, "rerouted": row.rerouted or part.queue is not None,
+        "isolated": part.isolated, "expires_at": row.expires_at, "signature": part.signature,
+    }  # fmt: skip
+    if part.status is not Status.PENDING:  # it ended in the attempt that its predecessor died in
+        values.update(
+            finished_at=now(), started_at=row.started_at, attempt=attempt, run_token=row.run_token,
+            worker_id=row.worker_id, slot=row.slot,
+        )  # fmt: skip
+    if part.evidence is not None:
+        values.update(cause=part.evidence.cause.value, verdict=Verdict.OBSERVED.value, crashes=1)
+    return values
+
+
+__all__ = ["Splitting"]
