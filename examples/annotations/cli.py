@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from examples.annotations.outcome import CrashedDocument
 
 EXIT_SETTLED, EXIT_NOT_ENDED, EXIT_USAGE, EXIT_UNAVAILABLE = 0, 1, 2, 69
+ON_CRASH = ("record", "retry", "bisect", "skip", "resume")
 CALLBACK_TIMEOUT = 60.0
 """Seconds to wait for the summary, once all children are settled."""
 SHOWN_LINES = 20
@@ -56,6 +57,7 @@ class Options:
     broker: str | None
     report: Path | None
     timeout: float | None
+    on_crash: str
 
 
 @dataclass(slots=True)
@@ -86,7 +88,13 @@ class Report:
                 "crashed": summary.crashed,
             },
             "crashed": [
-                {"sourcedb": d.sourcedb, "sourceid": d.sourceid, "divid": d.divid, "signal": d.signal}
+                {
+                    "sourcedb": d.sourcedb,
+                    "sourceid": d.sourceid,
+                    "divid": d.divid,
+                    "signal": d.signal,
+                    "frame": d.frame,
+                }
                 for d in self.crashed
             ],
             "callbacks": self.callbacks,
@@ -108,8 +116,9 @@ class Report:
         )
         for child, members in groupby(self.crashed, key=lambda document: document.child):
             crashed = list(members)
-            signal = crashed[0].signal or "no signal known"
-            yield f"  crashed: child {child} by {signal}, with " + ", ".join(map(str, crashed))
+            signal, frame = crashed[0].signal or "no signal known", crashed[0].frame
+            where = f" in {frame}" if frame else ""
+            yield f"  crashed: child {child} by {signal}{where}, with " + ", ".join(map(str, crashed))
         for line in self.rejected[:SHOWN_LINES]:
             yield f"  invalid: line {line.line_number}: {line.reason}"
         for row in self.invalid:
@@ -178,6 +187,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Options:
         broker=given.broker,
         report=report,
         timeout=given.timeout,
+        on_crash=given.on_crash,
     )
 
 
@@ -214,8 +224,8 @@ def _send(options: Options, upload_id: str) -> tuple[Batch, list[documents.Rejec
 
     name = options.input.name
     rejected: list[documents.RejectedLine] = []
-    on_finish = summarise.s(options.output)
-    with Batch(f"upload {name}", tolerance="100%", on_finish=on_finish) as batch:
+    on_finish = summarise.s(options.output, upload_id)
+    with Batch(f"upload {name}", tolerance="100%", on_finish=on_finish, on_crash=options.on_crash) as batch:
         references = documents.read(options.input, rejected.append)
         for part in documents.batches(references, options.batch_size):
             docs = [message(reference) for reference in part]
@@ -269,19 +279,19 @@ def _report(
     progress = batch.progress()
     if progress.pending or progress.running:
         raise CannotEnd(f"batch {batch.id} is {batch.status} with children that are not settled")
-    children = outcome.summarise_children(batch)
+    summary = outcome.summarise(batch, options.output, upload_id)
     return Report(
         name=f"upload {options.input.name}",
         batch_id=str(batch.id),
         status=str(batch.status),
         summary=store.Summary(
-            total=children.total + len(rejected),
-            stored=children.stored,
-            invalid=children.invalid + len(rejected),
-            crashed=children.crashed,
+            total=summary.total + len(rejected),
+            stored=summary.stored,
+            invalid=summary.invalid + len(rejected),
+            crashed=summary.crashed,
         ),
         failed=progress.items_failed + progress.items_cancelled,
-        crashed=list(outcome.crashed_documents(batch)),
+        crashed=list(outcome.crashed_documents(batch, options.output, upload_id)),
         callbacks=outcome.callback_starts(batch),
         seconds=seconds,
         rejected=rejected,
@@ -333,6 +343,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--database", type=_database_url, metavar="URL",
         help="the tracking database (default: the SQLite file batchtrack.db beside the output)")  # fmt: skip
     add("--broker", metavar="URL", help="Celery's broker (default: the embedded one, in a temporary folder)")
+    add("--on-crash", choices=ON_CRASH, default="skip",
+        help="what becomes of a task's documents when its process dies "
+             "(default: skip, the killer alone is crashed)")  # fmt: skip
     add("--json", type=Path, metavar="REPORT", help="write the report to this file")
     add("--timeout", type=_seconds, metavar="SECONDS", help="stop waiting after this long (default: never)")
     return parser

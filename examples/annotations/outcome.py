@@ -6,47 +6,49 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from celery_batchtrack import Batch
+from examples.annotations import store
 from examples.annotations.documents import Identifier
-from examples.annotations.store import Summary
 
 
 @dataclass(frozen=True, slots=True)
 class CrashedDocument:
-    """A document of a child that died, and that child's position. One of them killed it, and the others
-    were in the same child."""
+    """A document of a child that died, that child's position, and where it was. Under `skip` and `bisect` the
+    document is alone in it: it is the killer."""
 
     sourcedb: str
     sourceid: str
     divid: Identifier | None
     signal: str | None
+    frame: str | None
     child: int
 
     def __str__(self) -> str:
         return ":".join(str(part) for part in (self.sourcedb, self.sourceid, self.divid) if part is not None)
 
 
-def summarise_children(batch: Batch) -> Summary:
-    """The documents in the children of a batch that has ended. Lines that were no documents are not there."""
-    stored = invalid = 0
-    for child in batch.children(status="completed"):
-        stored += child.result["stored"]
-        invalid += child.result["invalid"]
-    progress = batch.progress()
-    return Summary(total=progress.items_total, stored=stored, invalid=invalid, crashed=progress.items_crashed)
+def summarise(batch: Batch, output: str, upload: str) -> store.Summary:
+    """The documents of a batch that has ended. Lines that were no documents are not there."""
+    stored, invalid = store.count_documents(output, upload)
+    crashed = sum(1 for _ in crashed_documents(batch, output, upload))
+    return store.Summary(batch.progress().items_total, stored, invalid, crashed)
 
 
-def crashed_documents(batch: Batch) -> Iterator[CrashedDocument]:
-    """The documents of the children that died, in order of the file."""
-    signals = {incident.position: incident.signal for incident in batch.incidents()}
+def crashed_documents(batch: Batch, output: str, upload: str) -> Iterator[CrashedDocument]:
+    """The documents of the children that died, in order of their children, but for those that were stored before."""
+    incidents = {each.position: each for each in batch.incidents()}
     for child in batch.children(status="crashed"):
+        incident = incidents.get(child.position)
+        there = store.identities(output, upload, child.args[0])
         for document in child.args[0]:
-            yield CrashedDocument(
-                sourcedb=document["sourcedb"],
-                sourceid=document["sourceid"],
-                divid=document["divid"],
-                signal=signals.get(child.position),
-                child=child.position,
-            )
+            if store.identity(document) not in there:
+                yield CrashedDocument(
+                    sourcedb=document["sourcedb"],
+                    sourceid=document["sourceid"],
+                    divid=document["divid"],
+                    signal=None if incident is None else incident.signal,
+                    frame=None if incident is None else incident.python_frame,
+                    child=child.position,
+                )
 
 
 def callback_starts(batch: Batch) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
@@ -193,6 +193,34 @@ def finish_upload(url: str, batch_id: str, status: str, summary: Summary) -> Non
 
 
 @_explained
+def count_documents(url: str, upload_id: str) -> tuple[int, int]:
+    """(stored, invalid) documents of an upload."""
+    c = documents.c
+    query = sa.select(c.status, sa.func.count()).where(c.upload_id == upload_id).group_by(c.status)
+    with _engine(url).connect() as connection:
+        counts = {status: int(count) for status, count in connection.execute(query)}
+    return counts.get(STORED, 0), counts.get(INVALID, 0)
+
+
+def identity(document: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The primary key of a document: sourcedb, sourceid, divid (empty where there is none)."""
+    divid = document["divid"]
+    return document["sourcedb"], document["sourceid"], "" if divid is None else str(divid)
+
+
+@_explained
+def identities(url: str, upload_id: str, wanted: Iterable[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
+    """Which of these documents are there, by this upload."""
+    c = documents.c
+    keys = [identity(each) for each in wanted]
+    query = sa.select(c.sourcedb, c.sourceid, c.divid).where(
+        c.upload_id == upload_id, c.sourceid.in_({key[1] for key in keys})
+    )
+    with _engine(url).connect() as connection:
+        return {tuple(row) for row in connection.execute(query)} & set(keys)
+
+
+@_explained
 def invalid_documents(url: str, upload_id: str, limit: int) -> Sequence[sa.RowMapping]:
     """sourcedb, sourceid, divid and problem of the first invalid documents of an upload."""
     c = documents.c
@@ -251,8 +279,10 @@ def _new_engine(url: str) -> sa.Engine:
 
 
 def _prefer_wal(connection: Any, _record: Any) -> None:
-    """Readers beside a writer. Without it (a busy or read-only file) all is slower, not wrong."""
+    """Readers beside a writer, and no fsync for each document: what is committed survives the death of every
+    process. Without it (a busy or read-only file) all is slower, not wrong."""
     try:
         connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
     except connection.OperationalError:
         pass

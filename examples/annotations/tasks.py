@@ -11,7 +11,7 @@ from uuid import UUID
 
 from celery import Celery
 
-from celery_batchtrack import Batch, BatchTrack, tracked
+from celery_batchtrack import Batch, BatchTrack, each_item, tracked
 from examples.annotations import outcome, store
 from examples.annotations.documents import Identifier, Reference
 from examples.annotations.parsing import parse
@@ -56,23 +56,32 @@ BatchTrack(app)
 
 
 @app.task(name="annotations.store_documents")  # type: ignore[untyped-decorator]
-@tracked(items="docs", item_id=("sourcedb", "sourceid", "divid"))
+@tracked(
+    items="docs",
+    item_id=("sourcedb", "sourceid", "divid"),
+    on_crash="skip",
+    merge="examples.annotations.tasks:add_up",
+)
 def store_documents(docs: Sequence[DocumentMessage], output: str, upload: str) -> dict[str, int]:
-    """Stores the documents of one batch, all in one transaction; may run twice without harm."""
-    rows = [examine(document, upload) for document in docs]
-    store.write_documents(output, rows)
-    return {
-        "stored": sum(row.status == store.STORED for row in rows),
-        "invalid": sum(row.status == store.INVALID for row in rows),
-        "objects": sum(row.objects for row in rows),
-    }
+    """Stores documents one by one, each durable before the next; may run twice without harm."""
+    counts = {"stored": 0, "invalid": 0, "objects": 0}
+    for document in each_item(docs, done="on_next"):
+        row = examine(document, upload)
+        store.write_documents(output, [row])
+        counts[row.status] += 1
+        counts["objects"] += row.objects
+    return counts
+
+
+def add_up(parts: Sequence[dict[str, int]]) -> dict[str, int]:
+    """The counts of a child that was split, from those of its parts."""
+    return {name: sum(part[name] for part in parts) for name in ("stored", "invalid", "objects")}
 
 
 @app.task(name="annotations.summarise")  # type: ignore[untyped-decorator]
-def summarise(report: dict[str, Any], output: str) -> dict[str, int]:
+def summarise(report: dict[str, Any], output: str, upload: str) -> dict[str, int]:
     """Writes the upload's summary, when all children are over, however they ended."""
-    batch = Batch.get(UUID(report["batch_id"]))
-    summary = outcome.summarise_children(batch)
+    summary = outcome.summarise(Batch.get(UUID(report["batch_id"])), output, upload)
     store.finish_upload(output, report["batch_id"], report["status"], summary)
     return {"stored": summary.stored, "invalid": summary.invalid, "crashed": summary.crashed}
 
@@ -109,10 +118,11 @@ def _row(
     body: str,
     problem: str | None,
 ) -> store.StoredDocument:
+    sourcedb, sourceid, divid = store.identity(document)
     return store.StoredDocument(
-        sourcedb=document["sourcedb"],
-        sourceid=document["sourceid"],
-        divid="" if document["divid"] is None else str(document["divid"]),
+        sourcedb=sourcedb,
+        sourceid=sourceid,
+        divid=divid,
         status=status,
         text_length=len(parsed.get("text", "")),
         objects=count_objects(parsed),
