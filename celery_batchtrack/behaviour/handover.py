@@ -112,7 +112,7 @@ def cut(
         return Cut([part(range(middle)), part(range(middle, count))], evidence)
     if index is None or not 0 <= index < count:
         return None
-    killed = part([index], Status.CRASHED, replace(evidence, item_index=0, item=items.names[index]))
+    killed = part([index], Status.CRASHED, replace(evidence, item=items.names[index]))
     done, left = range(index), range(index + 1, count)
     if action is Action.SKIP:
         return Cut([killed, part([*done, *left])], None)

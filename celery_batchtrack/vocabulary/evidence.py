@@ -31,7 +31,7 @@ class Evidence:
     stack: str | None = None
     #: The innermost frame that is the application's: ``annotate.py:88 in annotate_one``.
     python_frame: str | None = None
-    #: Identifier of the item in hand, its index among the child's items, and how many were done before it.
+    #: Identifier of the item in hand, its index among the items of the run that died, and how many were done before.
     item: str | None = None
     item_index: int | None = None
     items_done: int | None = None
