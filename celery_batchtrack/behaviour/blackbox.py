@@ -38,8 +38,9 @@ _IDENTIFIER_AT, IDENTIFIER_SIZE = _ITEM_AT + _ITEM.size, 1024
 _NOTE_SEQUENCE_AT, _NOTE_AT = 1536, 1544
 _TEXT_AT, NOTE_SIZE = _NOTE_AT + _NOTE.size, 512
 
-#: Flags of an item: its index is one of the child's declared items; what was done before it is durable.
-DECLARED, PROMISED = 1, 2
+#: Flags of an item: its index is one of the child's declared items; what was done before it is durable; the loop was
+#: left with it in hand, by `break` or by an exception that was on its way up.
+DECLARED, PROMISED, LEFT = 1, 2, 4
 _NO_ITEM = -1
 
 
@@ -62,6 +63,7 @@ class InHand:
     identifier: str | None
     declared: bool
     promised: bool
+    left: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class Page:
         self.generation = 0
         #: Tokens of claims that got no answer: they may have committed, but nothing ran.
         self.given_up: set[uuid.UUID] = set()
+        self._left = False
         #: Why there is no file although there is a folder, until somebody was told.
         self.trouble: str | None = None
         if path is not None:
@@ -124,6 +127,7 @@ class Page:
     ) -> None:
         """Name the run in this slot. Comes before the claim, so that no claimed run is without a page."""
         self.generation += 1
+        self._left = False
         page = self._map
         if page is None:
             return
@@ -189,6 +193,19 @@ class Page:
         _ITEM.pack_into(self._map, _ITEM_AT, _NO_ITEM, done, flags, 0)
         _SEQUENCE.pack_into(self._map, _ITEM_SEQUENCE_AT, self._item_sequence)
 
+    def item_left(self) -> None:
+        """The loop was left with an item in hand: whether that still matters, what follows will tell."""
+        self._flag_item(LEFT, True)
+
+    def _flag_item(self, flag: int, on: bool) -> None:
+        if self._map is None:
+            return
+        index, done, flags, length = _ITEM.unpack_from(self._map, _ITEM_AT)
+        self._item_sequence += 2
+        _SEQUENCE.pack_into(self._map, _ITEM_SEQUENCE_AT, self._item_sequence - 1)
+        _ITEM.pack_into(self._map, _ITEM_AT, index, done, flags | flag if on else flags & ~flag, length)
+        _SEQUENCE.pack_into(self._map, _ITEM_SEQUENCE_AT, self._item_sequence)
+
     def touch(self) -> None:
         """Progress without a new item or note."""
         if self._map is not None:
@@ -207,9 +224,16 @@ class Page:
         page[_TEXT_AT : _TEXT_AT + len(data)] = data
         _SEQUENCE.pack_into(page, _NOTE_SEQUENCE_AT, self._note_sequence)
 
-    def close(self, *, unlink: bool = True) -> None:
+    def leave(self) -> None:
+        """This process is being ended with the run in hand, which is how its loop was left: what the page says
+        stays, for who judges."""
+        self._flag_item(LEFT, False)
+        self._left = True
+
+    def close(self) -> None:
+        """At a clean end of the process its page goes; one that was left stays."""
         if self._map is not None and self._file is not None and self.path is not None:
-            if unlink:
+            if not self._left:
                 self.path.unlink(missing_ok=True)
             self._map.close()
             os.close(self._file)
@@ -254,8 +278,8 @@ def _item(data: bytes) -> InHand | None:
         return None
     index, done, flags, length = _ITEM.unpack_from(data, _ITEM_AT)
     identifier = data[_IDENTIFIER_AT : _IDENTIFIER_AT + min(length, IDENTIFIER_SIZE)].decode("utf-8", "replace")
-    declared, promised = bool(flags & DECLARED), bool(flags & PROMISED)
-    return InHand(None if index == _NO_ITEM else index, done, identifier or None, declared, promised)
+    declared, promised, left = (bool(flags & flag) for flag in (DECLARED, PROMISED, LEFT))
+    return InHand(None if index == _NO_ITEM else index, done, identifier or None, declared, promised, left)
 
 
 def _note(data: bytes) -> str | None:

@@ -49,7 +49,9 @@ def of_process(evidence: Evidence, boxes: Boxes, pid: int, started: int | None) 
 
 def _in_hand(page: PageState, row: ChildRow) -> dict[str, Any]:
     found: dict[str, Any] = {"note": page.note}
-    if page.item is not None:
+    if page.item is not None and page.item.left:  # it died of something else, later
+        found["items_done"] = page.item.done
+    elif page.item is not None:
         index = index_of(page.item, row.items)
         shown = row.items[index] if index is not None and row.items else page.item.identifier
         found.update(item=shown, item_index=index, items_done=page.item.done, promised=page.item.promised)

@@ -84,15 +84,26 @@ class StallWatch:
         if seen.told or page.key is None or (of_pool and hosts.gone(pid, started) is not False):
             return []
         seen.told = True
-        self.tracker.emit(events.Stalled(page.key, pid, page.stall_timeout, of_pool))
         if not of_pool:  # a thread cannot be ended, and the others of its worker have done nothing
+            self.tracker.emit(events.Stalled(page.key, pid, page.stall_timeout, killed=False))
             return []
         self._dump(pid, started)
+        if not self._is_still(slot, page):  # it went on meanwhile, perhaps to the next child
+            del self._seen[slot]
+            return []
+        self.tracker.emit(events.Stalled(page.key, pid, page.stall_timeout, killed=True))
         with contextlib.suppress(ProcessLookupError):
             self.kill(pid, signal.SIGKILL)
         self._wait(lambda: hosts.gone(pid, started) is True, _END_PATIENCE)
         message = f"no progress for {page.stall_timeout:g} s: its process was killed"
         return [Death(pid, started, Cause.STALLED, message=message)]
+
+    def _is_still(self, slot: str, page: PageState) -> bool:
+        path = self.boxes.path(slot)
+        present = None if path is None else blackbox.read(path)
+        return present is not None and (present.token, present.progress, present.phase) == (
+            page.token, page.progress, Phase.RUNNING,
+        )  # fmt: skip
 
     def _dump(self, pid: int, started: int | None) -> None:
         """Let it write where it stands, if it listens: without that, the signal would end it."""

@@ -78,10 +78,14 @@ def _remembering(
             write(index, name if len(name) <= _LONGEST else name[:_LONGEST])
             yield item
             finished = index + 1
+    except GeneratorExit:
+        if page.generation == generation:  # not collected so late that the next run is in this slot
+            page.item_left()
+        raise
+    else:
+        page.no_item(finished, flags)
     finally:
         current.walking = False
-        if page.generation == generation:  # not collected so late that the next run is in this slot
-            page.no_item(finished, flags)
 
 
 def _noting_progress(items: Iterable[T], page: Page) -> Iterator[T]:

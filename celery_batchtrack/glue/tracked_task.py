@@ -205,6 +205,7 @@ def _bound(task: Any, ticket: Ticket, args: Any, kwargs: Any) -> tuple[Any, Any]
 def _ended_badly(task: Any, runner: Runner, run: Run, error: BaseException) -> NoReturn:
     """Settle or release the row by what was raised, and raise what Celery should see."""
     if _is_shutdown(error):
+        run.page.leave()
         raise error  # not the user's: the main process knows why, and judges
     if isinstance(error, Retry):
         runner.release(run, _retry(task, error))

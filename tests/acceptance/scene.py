@@ -56,13 +56,13 @@ def load(module: str, values: Mapping[str, str]) -> ModuleType:
 
 
 class Scene:
-    """Workers and a client of `tests.acceptance.apps.crashes` on one broker and one database.
+    """Workers and a client of one application (`module`) on one broker and one database.
 
     `here` is the client's copy of that module: `scene.here.tasks.early.s(…)`. `conf` goes to both sides.
     """
 
-    def __init__(self, folder: Path, broker: str, database: str, **conf: Any) -> None:
-        self.folder, self.broker = folder, broker
+    def __init__(self, folder: Path, broker: str, database: str, module: str = APP, **conf: Any) -> None:
+        self.folder, self.broker, self.module = folder, broker, module
         self.conf = {
             "batchtrack_database_url": database,
             "batchtrack_auto_migrate": True,
@@ -70,7 +70,7 @@ class Scene:
             **QUICK,
             **conf,
         }
-        self.here = load(APP, self.environment())
+        self.here = load(module, self.environment())
         self.app = self.here.app
         self.batchtrack: BatchTrack = self.app.batchtrack
         self.batchtrack.migrate()
@@ -94,7 +94,7 @@ class Scene:
         # Nobody but us to hear of: a second less at each start.
         quiet = () if name else ("--without-mingle", "--without-gossip")
         return ProcessWorker(
-            APP, *quiet, *args, folder=folder, env={**self.environment(**conf), **(env or {})}, name=name
+            self.module, *quiet, *args, folder=folder, env={**self.environment(**conf), **(env or {})}, name=name
         )
 
     def place(self, name: str) -> str:
