@@ -38,7 +38,8 @@ class CrashPolicy:
     Arguments:
         on_crash: ``"as_acks"``, ``"record"``, ``"retry"``, ``"bisect"``, ``"skip"`` or ``"resume"``.
         max_crashes: the death that ends a child under policies that run it again; default `batchtrack_max_crashes`.
-        backoff: seconds before it runs again, doubling with each death; default `batchtrack_retry_backoff`.
+        backoff: seconds before it runs again, doubling with each death, at most 5 minutes; default
+            `batchtrack_retry_backoff`.
         isolate: a child whose worker died together with others is nobody's culprit: it runs again without a strike,
             alone in its worker, from a queue of its own (its queue's name and ``.isolated``).
         oom_queue: a child that died of memory goes on in this queue, once.
@@ -67,10 +68,7 @@ class CrashPolicy:
         if self.oom_queue is not None and not (isinstance(self.oom_queue, str) and 0 < len(self.oom_queue) <= 200):
             raise InvalidOption(f"oom_queue must be a queue's name (at most 200 characters), not {self.oom_queue!r}")
         if self.backoff is not None:
-            try:
-                object.__setattr__(self, "backoff", seconds(self.backoff))
-            except ValueError as error:
-                raise InvalidOption(f"backoff: {error}") from None
+            object.__setattr__(self, "backoff", _check_backoff(self.backoff))
 
     @classmethod
     def parse(cls, value: Any, max_crashes: int | None = None) -> CrashPolicy:
@@ -100,6 +98,16 @@ def _check_count(name: str, value: Any, *, optional: bool) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidOption(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _check_backoff(value: Any) -> float:
+    try:
+        pause = seconds(value)
+    except ValueError as error:
+        raise InvalidOption(f"backoff: {error}") from None
+    if not pause >= 0:
+        raise InvalidOption(f"backoff must not be negative, but is {value!r}")
+    return pause
 
 
 def _values(policy: CrashPolicy) -> dict[str, Any]:

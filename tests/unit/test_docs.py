@@ -25,7 +25,7 @@ from celery_batchtrack.behaviour.identity import WorkerIdentity
 from celery_batchtrack.store import Store
 from celery_batchtrack.store.schema import metadata
 from celery_batchtrack.store.verify import CHECKS
-from celery_batchtrack.vocabulary.crash_policy import Judgement, RowPolicy, judge
+from celery_batchtrack.vocabulary.crash_policy import CrashPolicy, Death, RowPolicy, judge
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
 from celery_batchtrack.vocabulary.records import NewBatch, NewChild
@@ -119,8 +119,8 @@ def as_acks() -> str:
             "acks_late": False, "reject_on_worker_lost": False, "retry_on_worker_lost": False,
             "acks_on_timeout": True, **flags,
         }  # fmt: skip
-        policy = RowPolicy.resolve("as_acks", 3, **said)
-        again = [judge(policy, cause, 0) is Judgement.RUN_AGAIN for _, cause in deaths]
+        policy = RowPolicy.resolve(CrashPolicy("as_acks"), 3, **said)
+        again = [judge(policy, Death(cause)).runs_again for _, cause in deaths]
         lines.append(f"| {text} | " + " | ".join("yes" if each else "no" for each in again) + " |")
     return "\n".join(lines)
 

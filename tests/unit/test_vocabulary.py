@@ -1,18 +1,16 @@
-"""States and transitions, policies, ids: decisions without I/O."""
+"""States and transitions, tolerance, ids: decisions without I/O."""
 
 from __future__ import annotations
 
-import itertools
 import uuid
 
 import pytest
 
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary import states
-from celery_batchtrack.vocabulary.crash_policy import Judgement, RowPolicy, backoff, judge
 from celery_batchtrack.vocabulary.ids import ChildKey, Ticket, uuid7
 from celery_batchtrack.vocabulary.policies import Tolerance, outcome
-from celery_batchtrack.vocabulary.states import BatchStatus, Cause, Status
+from celery_batchtrack.vocabulary.states import BatchStatus, Status
 
 # -- states ----------------------------------------------------------------------------------------
 
@@ -32,7 +30,7 @@ def test_every_open_status_has_a_way_to_every_end() -> None:
     reached = {Status.PENDING}
     while more := {t.target for t in states.TRANSITIONS if set(t.sources) & reached} - reached:
         reached |= more
-    assert reached == set(Status) - {Status.SPLIT}
+    assert reached == set(Status)
     assert {t.target for t in states.TRANSITIONS if Status.PENDING in t.sources} >= {
         Status.CRASHED, Status.FAILED, Status.CANCELLED,
     }, "a pending row may settle without ever running"  # fmt: skip
@@ -86,69 +84,6 @@ def test_a_tolerance_survives_its_option(value: int | str) -> None:
 )  # fmt: skip
 def test_the_outcome_of_a_batch(tolerance: int | str, completed: int, total: int, ends: str) -> None:
     assert outcome(Tolerance.parse(tolerance), completed, total) == ends
-
-
-# -- recovery --------------------------------------------------------------------------------------
-
-_PROCESS = (Cause.SIGNAL, Cause.EXIT, Cause.OOM, Cause.STALLED, Cause.SETTLE_LOST)
-
-
-@pytest.mark.parametrize("cause", [*_PROCESS, Cause.WORKER_LOST, Cause.TIME_LIMIT])
-@pytest.mark.parametrize(("process", "worker", "limit"), list(itertools.product((True, False), repeat=3)))
-def test_each_kind_of_death_asks_its_own_flag(cause: Cause, process: bool, worker: bool, limit: bool) -> None:
-    policy = RowPolicy("as_acks", process, worker, limit)
-    flag = {Cause.WORKER_LOST: worker, Cause.TIME_LIMIT: limit}.get(cause, process)
-    assert judge(policy, cause, 0) is (Judgement.RUN_AGAIN if flag else Judgement.CRASHED)
-
-
-def test_the_third_death_settles_by_default_whatever_the_policy() -> None:
-    policy = RowPolicy("retry", True, True, True)
-    judged = [judge(policy, Cause.SIGNAL, crashes) for crashes in range(4)]
-    assert judged == [Judgement.RUN_AGAIN, Judgement.RUN_AGAIN, Judgement.CRASHED, Judgement.CRASHED]
-    assert judge(RowPolicy("retry", True, True, True, max_crashes=1), Cause.SIGNAL, 0) is Judgement.CRASHED
-
-
-@pytest.mark.parametrize(
-    ("late", "reject", "retry", "on_timeout", "process", "worker", "limit"),
-    [
-        (False, False, False, True, False, False, False),
-        (False, True, False, True, False, False, False),  # reject_on_worker_lost counts only with acks_late
-        (True, False, False, True, False, True, False),
-        (True, True, False, True, True, True, False),
-        (True, True, False, False, True, True, True),
-        (False, False, True, True, True, True, False),
-        (False, False, False, False, False, False, False),
-    ],
-)
-def test_as_acks_is_what_the_task_told_celery(
-    late: bool, reject: bool, retry: bool, on_timeout: bool, process: bool, worker: bool, limit: bool
-) -> None:
-    policy = RowPolicy.resolve(
-        "as_acks", 3, acks_late=late, reject_on_worker_lost=reject, retry_on_worker_lost=retry,
-        acks_on_timeout=on_timeout,
-    )  # fmt: skip
-    assert (policy.process, policy.worker, policy.time_limit) == (process, worker, limit)
-
-
-def test_record_never_and_retry_always_runs_again() -> None:
-    how = {"acks_late": True, "reject_on_worker_lost": True, "retry_on_worker_lost": True, "acks_on_timeout": False}
-    assert not RowPolicy.resolve("record", 3, **how).runs_again
-    told_nothing = dict.fromkeys(how, False)
-    retry = RowPolicy.resolve("retry", 5, **told_nothing)
-    assert (retry.process, retry.worker, retry.time_limit, retry.max_crashes) == (True, True, True, 5)
-
-
-def test_a_policy_survives_its_row_and_the_usual_one_costs_nothing() -> None:
-    assert RowPolicy("record").as_option() is None
-    assert RowPolicy.from_option(None) == RowPolicy()
-    policy = RowPolicy("as_acks", worker=True, max_crashes=7)
-    assert RowPolicy.from_option(policy.as_option()) == policy
-    assert RowPolicy.from_option({"worker": True, "of a later version": 1}).worker
-
-
-def test_backoff_doubles_to_a_ceiling() -> None:
-    assert [backoff(1.0, crashes) for crashes in (1, 2, 3, 4)] == [1, 2, 4, 8]
-    assert backoff(1.0, 50) == 300 and backoff(0.0, 3) == 0
 
 
 # -- ids -------------------------------------------------------------------------------------------
