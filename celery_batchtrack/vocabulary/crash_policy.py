@@ -6,6 +6,7 @@ so that any sweep can judge. `judge` turns a `Death` under a `RowPolicy` into a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -105,8 +106,8 @@ def _check_backoff(value: Any) -> float:
         pause = seconds(value)
     except ValueError as error:
         raise InvalidOption(f"backoff: {error}") from None
-    if not pause >= 0:
-        raise InvalidOption(f"backoff must not be negative, but is {value!r}")
+    if not 0 <= pause < math.inf:
+        raise InvalidOption(f"backoff must be 0 seconds or more, not {value!r}")
     return pause
 
 

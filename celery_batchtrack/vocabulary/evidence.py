@@ -64,7 +64,7 @@ class Evidence:
         known = {name: value[name] for name in _TOLD if name in value}
         known["cause"] = Cause(known["cause"])
         if "worker_id" in known:
-            known["worker_id"] = uuid.UUID(known["worker_id"])
+            known["worker_id"] = uuid.UUID(str(known["worker_id"]))
         if "detected_by" in known:
             known["detected_by"] = Detector(known["detected_by"])
         return cls(**known)

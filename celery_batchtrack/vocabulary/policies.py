@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class CrashRate:
             length = _WINDOW if window is None else seconds(window)
         except ValueError as error:
             raise InvalidOption(f"crash_window: {error}") from None
-        if not length > 0:
+        if not 0 < length < math.inf:
             raise InvalidOption(f"crash_window must be more than 0 seconds, not {window!r}")
         return cls(float(match[1]), length)
 

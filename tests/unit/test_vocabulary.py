@@ -1,15 +1,18 @@
-"""States and transitions, tolerance, ids: decisions without I/O."""
+"""States and transitions, tolerance, the breaker, ids: decisions without I/O."""
 
 from __future__ import annotations
 
+import json
+import random
 import uuid
+from datetime import timedelta
 
 import pytest
 
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary import states
 from celery_batchtrack.vocabulary.ids import ChildKey, Ticket, uuid7
-from celery_batchtrack.vocabulary.policies import Tolerance, outcome
+from celery_batchtrack.vocabulary.policies import CrashRate, Sample, Tolerance, outcome
 from celery_batchtrack.vocabulary.states import BatchStatus, Status
 
 # -- states ----------------------------------------------------------------------------------------
@@ -86,6 +89,86 @@ def test_the_outcome_of_a_batch(tolerance: int | str, completed: int, total: int
     assert outcome(Tolerance.parse(tolerance), completed, total) == ends
 
 
+# -- the breaker -----------------------------------------------------------------------------------
+
+
+def test_a_crash_rate_is_a_percentage_in_words() -> None:
+    assert CrashRate.parse("20%") == CrashRate(20.0, 300.0)
+    assert CrashRate.parse(" 0.5 % ", "10m") == CrashRate(0.5, 600.0)
+    assert CrashRate.parse("0%", timedelta(seconds=30)) == CrashRate(0.0, 30.0)
+    assert CrashRate.parse(None) is None
+    rate = CrashRate(12.5, 60.0)
+    assert CrashRate.from_option(json.loads(json.dumps(rate.as_option()))) == rate
+    assert CrashRate.from_option(None) is None
+
+
+@pytest.mark.parametrize("wrong", ["100%", "120%", "20", 20, 0.2, "-1%", "", "%", "many", True, [], "nan%"])
+def test_what_is_no_crash_rate_is_refused(wrong: object) -> None:
+    with pytest.raises(errors.InvalidOption, match="max_crash_rate"):
+        CrashRate.parse(wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, -5, "0s", "soon", True, [], float("nan"), float("inf"), timedelta(-1)])
+def test_a_window_without_a_length_is_refused(wrong: object) -> None:
+    with pytest.raises(errors.InvalidOption, match="crash_window"):
+        CrashRate.parse("20%", wrong)
+
+
+def test_a_window_alone_says_what_is_missing() -> None:
+    with pytest.raises(errors.InvalidOption, match="crash_window needs max_crash_rate"):
+        CrashRate.parse(None, "5m")
+
+
+@pytest.mark.parametrize(
+    ("percent", "deaths", "ended_well", "paused"),
+    [
+        (20, 3, 12, False), (20, 3, 11, True), (20, 1, 0, False), (20, 2, 0, False), (20, 3, 0, True),
+        (50, 4, 4, False), (50, 5, 4, True), (0, 2, 1000, False), (0, 3, 1_000_000, True),
+        (33.3333, 333_333, 666_667, False), (33.3333, 333_334, 666_666, True), (0.1, 3, 2_997, False),
+    ],
+)  # fmt: skip
+def test_more_than_the_rate_pauses_and_less_than_three_deaths_prove_nothing(
+    percent: float, deaths: int, ended_well: int, paused: bool
+) -> None:
+    rate = CrashRate(percent)
+    reason = rate.exceeded([Sample(0.0, 0, 0)], Sample(10.0, ended_well, deaths))
+    assert (reason is not None) is paused
+    assert rate.exceeded([], Sample(10.0, ended_well, deaths)) == reason, "before the first sample there was nothing"
+    if reason:
+        assert f"{deaths} of {deaths + ended_well} runs" in reason
+
+
+def test_what_is_older_than_the_window_is_forgiven() -> None:
+    rate, samples = CrashRate(20.0, window=100.0), [Sample(0.0, 0, 0)]
+    assert rate.exceeded(samples, Sample(50.0, 0, 3)) is not None
+    samples = rate.with_sample(samples, Sample(50.0, 0, 3))
+    assert rate.exceeded(samples, Sample(149.0, 0, 4)) is not None, "the three are still in the window"
+    assert rate.exceeded(samples, Sample(150.0, 0, 4)) is None
+    assert rate.exceeded(samples, Sample(150.0, 0, 6)) is not None
+
+
+def test_no_death_within_the_window_is_ever_forgiven_and_none_of_long_ago_counts() -> None:
+    """Against the deaths themselves, on random lives: sampled at each death, and by a sweep every 15 seconds."""
+    dice = random.Random(3)
+    for _ in range(200):
+        rate, samples, deaths = CrashRate(50.0, window=100.0), [], []
+        moments = [*((dice.uniform(0, 1000), True) for _ in range(dice.randrange(40))), *(
+            (float(each), False) for each in range(0, 1000, 15)
+        )]  # fmt: skip
+        for at, died in sorted(moments):
+            deaths += [at] if died else []
+            present = Sample(at, 0, len(deaths))
+            samples = samples or [Sample(at, 0, 0)]
+            within = [sum(each > at - length for each in deaths) for length in (100.0, 100.0 + 10.0 + 15.0)]
+            if within[0] >= rate.MINIMUM:
+                assert rate.exceeded(samples, present) is not None
+            if within[1] < rate.MINIMUM:
+                assert rate.exceeded(samples, present) is None
+            samples = rate.with_sample(samples, present)
+            assert len(samples) <= rate.SAMPLES + 2, "it does not grow"
+            assert samples == sorted(samples)
+
+
 # -- ids -------------------------------------------------------------------------------------------
 
 
@@ -113,11 +196,10 @@ _TICKET = Ticket(uuid.uuid4(), ChildKey(uuid7(), 12), 3)
         _TICKET,
         Ticket(_TICKET.store_id, _TICKET.key, 0, "on_finish"),
         Ticket(_TICKET.store_id, _TICKET.key, 0, "on_failure", ("body-id", "Dependency x raised ValueError('é')")),
+        Ticket(_TICKET.store_id, _TICKET.key, 1, keep_result=False, on_crash={"on_crash": "skip"}, isolated=True),
     ],
 )
 def test_a_ticket_survives_its_header(ticket: Ticket) -> None:
-    import json
-
     assert Ticket.from_header(json.loads(json.dumps(ticket.as_header()))) == ticket
 
 
@@ -126,6 +208,7 @@ def test_a_ticket_survives_its_header(ticket: Ticket) -> None:
     [
         {"store": "x"}, {"store": None}, {"store": 5}, {"batch": ""}, {"position": "first"}, {"position": None},
         {"attempt": []}, {"position": float("inf")}, {"errback": "x"}, {"errback": [1]}, {"errback": 7},
+        {"on_crash": 5}, {"on_crash": "skip"},
     ],
 )  # fmt: skip
 def test_a_header_that_is_not_ours_is_no_ticket(change: dict[str, object]) -> None:
