@@ -5,7 +5,8 @@ the host, can read what a dead process had in hand. Writing is a memory store: n
 
 A page is 4096 bytes in three sections, each behind a sequence number that is odd while a write is under way, so that
 a torn write is recognised: the run (phase, batch, position, token, stall time-out, thread, memory), the item in hand
-(index, how many were done, flags, identifier) and the last note. A slot is ``pid:start:thread:depth``.
+(index, how many were done, flags, identifier) and the last note; and a count of other progress. A slot is
+``pid:start:thread:depth``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import struct
 import threading
 import uuid
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -37,6 +39,10 @@ _ITEM_SEQUENCE_AT, _ITEM_AT = 128, 136
 _IDENTIFIER_AT, IDENTIFIER_SIZE = _ITEM_AT + _ITEM.size, 1024
 _NOTE_SEQUENCE_AT, _NOTE_AT = 1536, 1544
 _TEXT_AT, NOTE_SIZE = _NOTE_AT + _NOTE.size, 512
+_TOUCHES_AT = 2064
+_RUN_SECTION = slice(_SEQUENCE_AT, _RUN_AT + _RUN.size)
+_ITEM_SECTION = slice(_ITEM_SEQUENCE_AT, _IDENTIFIER_AT + IDENTIFIER_SIZE)
+_NOTE_SECTION = slice(_NOTE_SEQUENCE_AT, _TEXT_AT + NOTE_SIZE)
 
 #: Flags of an item: its index is one of the child's declared items; what was done before it is durable; the loop was
 #: left with it in hand, by `break` or by an exception that was on its way up.
@@ -92,7 +98,7 @@ class Page:
         self.path = path
         self._map: mmap.mmap | None = None
         self._file: int | None = None
-        self._sequence = self._item_sequence = self._note_sequence = 0
+        self._sequence = self._item_sequence = self._note_sequence = self._touches = 0
         #: Counts the runs in this slot: what a former run left behind must not write into the next one's.
         self.generation = 0
         #: Tokens of claims that got no answer: they may have committed, but nothing ran.
@@ -102,12 +108,17 @@ class Page:
         self.trouble: str | None = None
         if path is not None:
             self._open(path)
+            _pages_of_this_process.add(self)
 
     def _open(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             # Held until this process ends: whoever gets this lock knows that it did, across pid namespaces.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)  # somebody else's, so it stays
+            raise
+        try:
             # Not a hole: a store into one that a full disk cannot fill would be SIGBUS.
             os.posix_fallocate(descriptor, 0, SIZE)
             self._map = mmap.mmap(descriptor, SIZE)
@@ -116,7 +127,7 @@ class Page:
             path.unlink(missing_ok=True)
             raise
         self._file = descriptor
-        self._map[: len(_MAGIC)] = _MAGIC
+        self._map[:] = _MAGIC + bytes(SIZE - len(_MAGIC))  # whatever a former process of this name left
 
     @property
     def works(self) -> bool:
@@ -137,8 +148,8 @@ class Page:
         )  # fmt: skip
         self._sequence += 2
         _SEQUENCE.pack_into(page, _SEQUENCE_AT, self._sequence - 1)
-        _ITEM.pack_into(page, _ITEM_AT, _NO_ITEM, 0, 0, 0)  # the former run's are not this one's
-        _NOTE.pack_into(page, _NOTE_AT, 0)
+        self.no_item(0, 0)  # the former run's are not this one's
+        self.note("")
         page[_RUN_AT : _RUN_AT + len(run)] = run
         _SEQUENCE.pack_into(page, _SEQUENCE_AT, self._sequence)
 
@@ -198,7 +209,7 @@ class Page:
         self._flag_item(LEFT, True)
 
     def _flag_item(self, flag: int, on: bool) -> None:
-        if self._map is None:
+        if self._map is None or not _whole(self._map, _ITEM_SEQUENCE_AT):
             return
         index, done, flags, length = _ITEM.unpack_from(self._map, _ITEM_AT)
         self._item_sequence += 2
@@ -209,15 +220,15 @@ class Page:
     def touch(self) -> None:
         """Progress without a new item or note."""
         if self._map is not None:
-            self._note_sequence += 2
-            _SEQUENCE.pack_into(self._map, _NOTE_SEQUENCE_AT, self._note_sequence)
+            self._touches += 1
+            _SEQUENCE.pack_into(self._map, _TOUCHES_AT, self._touches)
 
     def note(self, text: str) -> None:
         """Keep a short note, its first 512 bytes."""
         page = self._map
         if page is None:
             return
-        data = text.encode("utf-8", "replace")[:NOTE_SIZE]
+        data = text[:NOTE_SIZE].encode("utf-8", "replace")[:NOTE_SIZE]
         self._note_sequence += 2
         _SEQUENCE.pack_into(page, _NOTE_SEQUENCE_AT, self._note_sequence - 1)
         _NOTE.pack_into(page, _NOTE_AT, len(data))
@@ -230,46 +241,82 @@ class Page:
         self._flag_item(LEFT, False)
         self._left = True
 
+    # -- this process's own view, and its end ------------------------------------------------------
+
+    def state(self) -> PageState | None:
+        """What it says now. A process must not `read` its own pages: closing the file would drop their locks."""
+        page = self._map
+        return None if page is None else _state(page[:])
+
     def close(self) -> None:
-        """At a clean end of the process its page goes; one that was left stays."""
+        """At a clean end of the process its page goes; one that was left stays. A thread that is still in a loop over
+        its items keeps the memory, and writes in vain."""
         if self._map is not None and self._file is not None and self.path is not None:
             if not self._left:
                 self.path.unlink(missing_ok=True)
-            self._map.close()
             os.close(self._file)
             self._map = self._file = None
+
+    def disown(self) -> None:
+        """In a process that was forked from the page's own, perhaps in the middle of a loop over items."""
+        self.generation += 1
+        self._map = None
+
+
+_pages_of_this_process: weakref.WeakSet[Page] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for page in list(_pages_of_this_process):
+        page.disown()
+    _pages_of_this_process.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
 
 
 # -- reading --------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> PageState | None:
-    """What a page says, or None if there is none, or it is torn (its writer died in mid-write)."""
+    """What a page says, or None if there is none, or its run is torn (its writer died in mid-write)."""
+    found = None
     with contextlib.suppress(OSError):
         for _ in range(3):
             data, again = path.read_bytes(), path.read_bytes()  # a copy is no snapshot: two must agree
             if len(data) < SIZE or data[: len(_MAGIC)] != _MAGIC:
                 return None
-            if data == again and _whole(data, _SEQUENCE_AT):
-                return _state(data)
-    return None
+            if len(again) < SIZE or data[_RUN_SECTION] != again[_RUN_SECTION]:
+                continue
+            found = _state(data, again)
+            if data == again:
+                break
+    return found
 
 
-def _number(data: bytes, at: int) -> int:
+def _number(data: bytes | mmap.mmap, at: int) -> int:
     return int(_SEQUENCE.unpack_from(data, at)[0])
 
 
-def _whole(data: bytes, at: int) -> bool:
+def _whole(data: bytes | mmap.mmap, at: int) -> bool:
     return _number(data, at) % 2 == 0
 
 
-def _state(data: bytes) -> PageState:
+def _state(data: bytes, again: bytes | None = None) -> PageState | None:
+    """`again`: a second copy. Item and note are told only where both have the same of them."""
+    if not _whole(data, _SEQUENCE_AT):
+        return None
+    again = data if again is None else again
     phase, batch_id, position, token, stall_timeout, thread, peak = _RUN.unpack_from(data, _RUN_AT)
     if phase == Phase.IDLE or phase not in Phase._value2member_map_:
         return _IDLE
+    item = _item(data) if data[_ITEM_SECTION] == again[_ITEM_SECTION] else None
+    note = _note(data) if data[_NOTE_SECTION] == again[_NOTE_SECTION] else None
+    progress = sum(_number(again, at) for at in (_ITEM_SEQUENCE_AT, _NOTE_SEQUENCE_AT, _TOUCHES_AT))
     return PageState(
         Phase(phase), ChildKey(uuid.UUID(bytes=batch_id), position), uuid.UUID(bytes=token), stall_timeout, thread,
-        peak, _item(data), _note(data), _number(data, _ITEM_SEQUENCE_AT) + _number(data, _NOTE_SEQUENCE_AT),
+        peak, item, note, progress,
     )  # fmt: skip
 
 
@@ -278,8 +325,8 @@ def _item(data: bytes) -> InHand | None:
         return None
     index, done, flags, length = _ITEM.unpack_from(data, _ITEM_AT)
     identifier = data[_IDENTIFIER_AT : _IDENTIFIER_AT + min(length, IDENTIFIER_SIZE)].decode("utf-8", "replace")
-    declared, promised, left = (bool(flags & flag) for flag in (DECLARED, PROMISED, LEFT))
-    return InHand(None if index == _NO_ITEM else index, done, identifier or None, declared, promised, left)
+    declared, promised = bool(flags & DECLARED), bool(flags & PROMISED)
+    return InHand(None if index == _NO_ITEM else index, done, identifier or None, declared, promised)
 
 
 def _note(data: bytes) -> str | None:

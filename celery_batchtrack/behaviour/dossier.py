@@ -32,7 +32,7 @@ def of_run(evidence: Evidence, boxes: Boxes, row: ChildRow) -> Evidence:
 
 def of_failure(evidence: Evidence, page: Page) -> Evidence:
     """The evidence of a run that failed in this very process, with what its page says."""
-    state = blackbox.read(page.path) if page.works and page.path is not None else None
+    state = page.state()
     if state is None or state.item is None:
         return evidence
     item = state.item

@@ -305,7 +305,8 @@ def identifier(item: Any, how: Any, at: int) -> str:
     """How an item is called: by `item_id`; by its index where it has no name. Raises what reading it raises."""
     value = _identify(item, how)
     text = f"[{at}]" if value is None else str(value)
-    text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    if "\0" in text or not text.isascii():
+        text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
     return text[:_LONGEST_IDENTIFIER]
 
 
@@ -327,6 +328,6 @@ _REQUIRED = object()
 
 
 def _part(item: Any, key: str, default: Any = _REQUIRED) -> Any:
-    if isinstance(item, Mapping):
+    if type(item) is dict or isinstance(item, Mapping):
         return item[key] if default is _REQUIRED else item.get(key, default)
     return getattr(item, key) if default is _REQUIRED else getattr(item, key, default)

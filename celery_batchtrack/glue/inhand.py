@@ -14,8 +14,6 @@ from .tracked_task import CurrentRun, current_run
 
 T = TypeVar("T")
 
-_LONGEST = blackbox.IDENTIFIER_SIZE
-
 
 def each_item(items: Iterable[T], *, done: str | None = None) -> Iterator[T]:
     """Iterate over the items of this child, remembering the one in hand: if the process dies, the incident names it.
@@ -35,15 +33,15 @@ def each_item(items: Iterable[T], *, done: str | None = None) -> Iterator[T]:
     current = current_run()
     if current is None:
         return iter(items)
+    page = current.run.page
+    if current.walking:
+        return _noting_progress(items, page)
     if current.policy.on_crash == "resume" and done is None:
         raise errors.InvalidOption(
             f"{current.task.name} has on_crash='resume', by which items before a crash are not run again: write "
             "each_item(…, done='on_next') and make each item's effects durable before the next is asked for, "
             "or use on_crash='skip'"
         )
-    page = current.run.page
-    if current.walking:
-        return _noting_progress(items, page)
     flags = blackbox.PROMISED if done else 0
     if current.declared_items() is items:
         flags |= blackbox.DECLARED
@@ -60,50 +58,84 @@ def note(text: object) -> None:
     """
     current = current_run()
     if current is not None:
-        current.run.page.note(str(text))
+        try:
+            told = str(text)
+        except Exception:  # noqa: BLE001 (what cannot be told must not end the child)
+            told = type(text).__name__
+        current.run.page.note(told)
+
+
+#: Asking these for the next one runs no code that could die.
+_AT_HAND = (list, tuple, range)
 
 
 def _remembering(
     items: Iterable[T], current: CurrentRun, write: Callable[[int, bytes], None], flags: int
 ) -> Iterator[T]:
     page, identify = current.run.page, _identifying(declare.options_of(current.task).item_id)
-    generation, finished = page.generation, 0
+    if current.walking:  # asked for before the loop that it turned out to be in
+        yield from _noting_progress(items, page)
+        return
+    # What is resumed or collected late, when the next run is in this slot, or in a forked process, writes nothing.
+    generation, finished, at_hand = page.generation, 0, type(items) in _AT_HAND
     current.walking = True
     try:
         for index, item in enumerate(items):
             try:
-                name = identify(item, index).encode("utf-8", "backslashreplace")
+                name = identify(item, index)
             except Exception:  # noqa: BLE001 (an item that cannot be named is known by its index)
                 name = b""
-            write(index, name if len(name) <= _LONGEST else name[:_LONGEST])
+            if page.generation == generation:
+                write(index, name)
             yield item
             finished = index + 1
+            if not at_hand and page.generation == generation:
+                page.no_item(finished, flags)
     except GeneratorExit:
-        if page.generation == generation:  # not collected so late that the next run is in this slot
+        if page.generation == generation:
             page.item_left()
         raise
     else:
-        page.no_item(finished, flags)
+        if page.generation == generation:
+            page.no_item(finished, flags)
     finally:
         current.walking = False
 
 
 def _noting_progress(items: Iterable[T], page: Page) -> Iterator[T]:
+    generation = page.generation
     for item in items:
-        page.touch()
+        if page.generation == generation:
+            page.touch()
         yield item
 
 
-def _identifying(how: Any) -> Callable[[Any, int], str]:
-    """`declare.identifier` with the common cases first: it is called for every item."""
+def _identifying(how: Any) -> Callable[[Any, int], bytes]:
+    """`declare.identifier` in UTF-8, with the common cases first: it is called for every item."""
+    quick = _quick(how)
+
+    def named(item: Any, at: int) -> bytes:
+        text = quick(item)
+        if type(text) is str and len(text) < 256 and "\0" not in text:
+            try:
+                return text.encode()
+            except UnicodeEncodeError:  # lone surrogates
+                pass
+        return declare.identifier(item, how, at).encode()
+
+    return named
+
+
+def _quick(how: Any) -> Callable[[Any], Any]:
+    """What may be an item's name; anything but text says that it is to be looked at closely."""
+    if how is None:
+        return lambda item: item
     if isinstance(how, str):
+        return lambda item: item[how] if type(item) is dict else None
+    if isinstance(how, tuple):
+        return lambda item: _joined(item, how) if type(item) is dict else None
+    return lambda item: None
 
-        def by_key(item: Any, at: int) -> str:
-            if type(item) is dict:
-                text = item[how]
-                if type(text) is str and len(text) < 256 and "\0" not in text:
-                    return text
-            return declare.identifier(item, how, at)
 
-        return by_key
-    return lambda item, at: declare.identifier(item, how, at)
+def _joined(item: dict[Any, Any], keys: tuple[str, ...]) -> str | None:
+    return ":".join([str(part) for key in keys if (part := item.get(key)) is not None]) or None
