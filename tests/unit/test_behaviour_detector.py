@@ -16,8 +16,8 @@ import sqlalchemy as sa
 
 from celery_batchtrack.behaviour import dispatch, hosts, recovery, spool
 from celery_batchtrack.behaviour.blackbox import Page, Phase
-from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.detector import Death, Reconciler, Sweeper, process_died
+from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.identity import WorkerIdentity
 from celery_batchtrack.behaviour.run import Runner
 from celery_batchtrack.store import Store, schema

@@ -10,12 +10,13 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from celery_batchtrack.behaviour import blackbox, hosts, spool
-from celery_batchtrack.behaviour.blackbox import Page, PageState, Phase
+from celery_batchtrack.behaviour import blackbox, folders, hosts, spool
+from celery_batchtrack.behaviour.blackbox import InHand, Page, PageState, Phase
 from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
@@ -53,16 +54,23 @@ def _read(page: Page) -> PageState | None:
     return blackbox.read(page.path)
 
 
+def fresh(phase: Phase, state: PageState | None) -> PageState:
+    """What a page says of a run that has said nothing of its items; memory and progress are taken from `state`."""
+    assert state is not None and state.peak_memory > 1_000_000
+    said = PageState(phase, KEY, TOKEN, 0.0, threading.get_ident(), item=InHand(None, 0, None, False, False))
+    return replace(said, peak_memory=state.peak_memory, progress=state.progress)
+
+
 def test_a_fresh_page_is_idle(page: Page) -> None:
     assert _read(page) == PageState(Phase.IDLE, None, None)
 
 
 def test_a_page_names_its_run_through_all_its_phases(page: Page) -> None:
     page.enter(KEY, TOKEN)
-    assert _read(page) == PageState(Phase.CLAIMING, KEY, TOKEN)
+    assert _read(page) == fresh(Phase.CLAIMING, _read(page))
     for phase in (Phase.RUNNING, Phase.SETTLING):
         page.phase(phase)
-        assert _read(page) == PageState(phase, KEY, TOKEN)
+        assert _read(page) == fresh(phase, page.state())
     page.clear()
     assert _read(page) == PageState(Phase.IDLE, None, None)
 
@@ -70,7 +78,7 @@ def test_a_page_names_its_run_through_all_its_phases(page: Page) -> None:
 def test_a_claim_that_was_given_up_is_seen_and_remembered(page: Page) -> None:
     page.enter(KEY, TOKEN)
     page.give_up(TOKEN)
-    assert _read(page) == PageState(Phase.GAVE_UP, KEY, TOKEN)
+    assert _read(page) == fresh(Phase.GAVE_UP, page.state())
     page.enter(ChildKey(uuid7(), 1), new_token())
     assert page.given_up == {TOKEN}
 
@@ -85,7 +93,7 @@ def test_a_write_that_was_torn_by_a_death_is_recognised(page: Page) -> None:
     assert _read(page) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"BTK1", b"BTK1" + bytes(20), b"XXXX" + bytes(4092)])
+@pytest.mark.parametrize("content", [b"", b"BTK2", b"BTK2" + bytes(20), b"BTK1" + bytes(4092), b"XXXX" + bytes(4092)])
 def test_what_is_no_page_says_nothing(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.box"
     path.write_bytes(content)
@@ -126,7 +134,9 @@ page.enter(ChildKey(uuid.UUID({str(KEY.batch_id)!r}), 7), uuid.UUID({str(TOKEN)!
         assert folders.held(path) is True
         process.send_signal(signal.SIGSEGV)
         process.wait()
-        assert blackbox.read(path) == PageState(Phase.RUNNING, KEY, TOKEN)
+        state = blackbox.read(path)
+        assert state is not None and (state.phase, state.key, state.token) == (Phase.RUNNING, KEY, TOKEN)
+        assert state.thread and state.peak_memory > 1_000_000
         assert folders.held(path) is False
 
 

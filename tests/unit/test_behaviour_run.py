@@ -15,8 +15,8 @@ import sqlalchemy as sa
 from celery_batchtrack import errors
 from celery_batchtrack.behaviour import blackbox, dispatch, finish, spool
 from celery_batchtrack.behaviour.blackbox import Phase
-from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.detector import Reconciler
+from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.run import Run, deliver_spool
 from celery_batchtrack.behaviour.tracker import Message
 from celery_batchtrack.store import Store
@@ -108,7 +108,9 @@ def test_a_child_runs_settles_and_ends_its_batch_with_its_callbacks(
 def test_the_page_names_the_run_until_its_end_is_written(scene: Scene, tracker: Told, bench: Bench) -> None:
     (message,) = messages(tracker, scene.batch(1))
     run = bench.claim(message)
-    assert page_of(run) == blackbox.PageState(Phase.RUNNING, message.row.key, run.claimed.token)
+    state = page_of(run)
+    assert state is not None
+    assert (state.phase, state.key, state.token) == (Phase.RUNNING, message.row.key, run.claimed.token)
     assert scene.row(message.row.key).slot == run.slot == blackbox.slot_name()
     bench.runner.settle(run, DONE)
     assert page_of(run) == blackbox.PageState(Phase.IDLE, None, None)
