@@ -362,6 +362,10 @@ class RabbitQueues:
         self._names.append(unique(prefix))
         return self._names[-1]
 
+    def also(self, name: str) -> None:
+        """A queue that is made by whom this test tries out."""
+        self._names.append(name)
+
     def clean_up(self) -> None:
         """Remove the queues, and the exchanges of the same names that Celery declares."""
         from kombu import Connection

@@ -27,6 +27,8 @@ def of_run(evidence: Evidence, boxes: Boxes, row: ChildRow) -> Evidence:
     if page is not None:
         evidence = replace(evidence, **_in_hand(page, row))
         evidence = replace(evidence, peak_memory=max(evidence.peak_memory or 0, page.peak_memory) or None)
+    if evidence.item is None and row.item_count == 1 and row.items:
+        evidence = replace(evidence, item=row.items[0], item_index=0)
     return _with_stack(evidence, boxes, row, page)
 
 
@@ -44,7 +46,10 @@ def of_failure(evidence: Evidence, page: Page) -> Evidence:
 
 def of_process(evidence: Evidence, boxes: Boxes, pid: int, started: int | None) -> Evidence:
     """The evidence of a process that died before it could claim: its stack is all there is."""
-    return _stacked(evidence, fatal.read(boxes.stack_path(pid, started)))
+    if started is None:  # it was gone before anybody asked
+        started = next((start for known, start, _ in boxes.stacks() if known == pid), None)
+    stack = fatal.read(boxes.stack_path(pid, started))
+    return _stacked(evidence, stack) if stack is not None and stack.signal == evidence.signal else evidence
 
 
 def _in_hand(page: PageState, row: ChildRow) -> dict[str, Any]:
@@ -54,11 +59,11 @@ def _in_hand(page: PageState, row: ChildRow) -> dict[str, Any]:
     elif page.item is not None:
         index = index_of(page.item, row.items)
         shown = row.items[index] if index is not None and row.items else page.item.identifier
-        found.update(item=shown, item_index=index, items_done=page.item.done, promised=page.item.promised)
+        # Of a loop in another order nobody knows which items came before.
+        promised = page.item.promised and page.item.declared and index == page.item.index
+        found.update(item=shown, item_index=index, items_done=page.item.done, promised=promised)
         if index is None and page.item.index is not None and not row.items:
             found["item_index"] = page.item.index  # of a task that declares no items: an index all the same
-    elif row.item_count == 1 and row.items:
-        found["item"] = row.items[0]
     return found
 
 
@@ -67,12 +72,12 @@ def index_of(item: InHand, items: list[str]) -> int | None:
     identifier, if that is unique. None where it cannot be told."""
     if item.index is None:
         return None
-    if item.declared and item.index < len(items):
-        return item.index
     named = item.identifier
-    if named is None or _BY_INDEX.fullmatch(named) or items.count(named) != 1:
-        return None
-    return items.index(named)
+    if named is None or _BY_INDEX.fullmatch(named):
+        return item.index if item.declared and item.index < len(items) else None
+    if item.declared and items[item.index : item.index + 1] == [named]:
+        return item.index
+    return items.index(named) if items.count(named) == 1 else None  # the list may have been sorted in place
 
 
 def _with_stack(evidence: Evidence, boxes: Boxes, row: ChildRow, page: PageState | None) -> Evidence:

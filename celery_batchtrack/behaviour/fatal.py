@@ -176,7 +176,7 @@ def _in_new_thread(frame: Any, event: str, argument: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FatalStack:
-    """What a process wrote. `signal` is None for a dump on demand; `thread` is that which died, or held the GIL."""
+    """What a process wrote. `signal` is None for a dump on demand; `thread` is the one that the signal struck."""
 
     text: str
     frame: str | None
@@ -211,6 +211,7 @@ def parse(text: str) -> FatalStack | None:
         (each["current"] == "Current thread", int(each["ident"], 16), text[each.start() : end].strip())
         for each, end in zip(threads, ends, strict=True)
     ]
+    blocks = _of_the_last_dump(blocks)
     first = next((each for each in blocks if each[0]), None)
     ordered = ([first] if first else []) + [each for each in blocks if each is not first]
     head = [f"Fatal Python error: {what}"] if what else []
@@ -220,3 +221,14 @@ def parse(text: str) -> FatalStack | None:
         next((name for known, name in _NAMES.items() if what and what.startswith(known)), None),
         first[1] if first else None,
     )  # fmt: skip
+
+
+def _of_the_last_dump(blocks: list[tuple[bool, int, str]]) -> list[tuple[bool, int, str]]:
+    """A dump on demand has no header, but tells each thread once."""
+    seen: set[int] = set()
+    start = 0
+    for at, (_, ident, _) in enumerate(blocks):
+        if ident in seen:
+            start, seen = at, set()
+        seen.add(ident)
+    return blocks[start:]

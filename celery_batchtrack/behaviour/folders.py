@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -15,7 +16,8 @@ from .blackbox import Page
 
 
 def choose_folder(wanted: str | None) -> Path | None:
-    """The first writable of: the setting, /dev/shm, XDG_RUNTIME_DIR, the temp folder. None if none is."""
+    """The first writable of: the setting, or else our own in /dev/shm, XDG_RUNTIME_DIR, the temp folder. None if none
+    is."""
     own = f"batchtrack-{os.getuid()}"
     places = [Path(wanted)] if wanted else [
         Path("/dev/shm") / own,
@@ -25,10 +27,14 @@ def choose_folder(wanted: str | None) -> Path | None:
     for place in places:
         with contextlib.suppress(OSError):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not wanted and place.lstat().st_uid != os.getuid():
+                continue  # whoever made it could forge outcomes there
             with tempfile.NamedTemporaryFile(dir=place):
                 return place
     return None
 
+
+_PROCESS, _SLOT = re.compile(r"(\d+)-(\d+)"), re.compile(r"\d+-\d+-\d+-\d+")
 
 #: Workers whose main process is this very process: asking for their locks would drop them.
 _own_workers: set[uuid.UUID] = set()
@@ -45,6 +51,8 @@ class Boxes:
         self.base = base
         self.worker_id = worker_id
         self.folder = None if base is None else base / str(worker_id)
+        #: Why there is no folder although there was to be one.
+        self.trouble: str | None = None
         self._alive: int | None = None
         self._pages: dict[str, Page] = {}
         self._owner = os.getpid()
@@ -58,8 +66,9 @@ class Boxes:
             self._alive = os.open(self.folder / "alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.lockf(self._alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _own_workers.add(self.worker_id)
-        except OSError:
+        except OSError as error:
             self.folder = None  # full or taken away meanwhile: tracking goes on without boxes
+            self.trouble = f"{type(error).__name__}: {error}"
 
     def page(self, slot: str) -> Page:
         """This process's page for a slot, opened at its first use and kept."""
@@ -88,15 +97,17 @@ class Boxes:
     def stacks(self) -> Iterator[tuple[int, int | None, Path]]:
         """(pid, start time, path) of every stack file in the folder."""
         if self.folder is not None and self.folder.is_dir():
-            for path in sorted(self.folder.glob("*-*.stack")):
-                pid, _, start = path.stem.partition("-")
-                yield int(pid), int(start) or None, path
+            for path in sorted(self.folder.glob("*.stack")):
+                name = _PROCESS.fullmatch(path.stem)
+                if name is not None:
+                    yield int(name[1]), int(name[2]) or None, path
 
     def pages(self) -> Iterator[tuple[str, Path]]:
         """(slot, path) of every page in the folder, whichever process wrote it."""
         if self.folder is not None and self.folder.is_dir():
             for path in sorted(self.folder.glob("*.box")):
-                yield path.stem.replace("-", ":"), path
+                if _SLOT.fullmatch(path.stem):
+                    yield path.stem.replace("-", ":"), path
 
     def drop(self, slot: str) -> None:
         """Remove a dead process's page."""
@@ -136,7 +147,7 @@ def of_dead_workers(base: Path) -> list[Boxes]:
     """Folders whose main process is gone, by its lock. Another database's workers may be among them."""
     found = []
     for folder in base.iterdir() if base.is_dir() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):  # no worker's, or another user's
             boxes = Boxes(base, uuid.UUID(folder.name))
             if (folder / "alive").exists() and not _is_own(boxes.worker_id) and held(folder / "alive") is False:
                 found.append(boxes)

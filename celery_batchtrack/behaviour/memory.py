@@ -61,7 +61,9 @@ class Peaks:
         largest = reaped * _UNIT if reaped > self._reaped else None
         self._reaped = reaped
         known = [each for each in (self._seen.get(pid), largest) if each is not None]
-        return max(known, default=None)
+        if known:
+            self._seen[pid] = max(known)  # it may be asked again, while the database is away
+        return self._seen.get(pid)
 
 
 def _cgroup_files(pid: int | str) -> set[Path]:
@@ -96,6 +98,8 @@ class KernelKills:
         self._log = self._open_log()
         self._named: set[int] = set()
         self._counters: dict[Path, int] = {}
+        self._at_last_look: dict[Path, int] = {}
+        self._files_of: dict[int, set[Path]] = {}
         self.look()
 
     def _open_log(self) -> int | None:
@@ -114,35 +118,48 @@ class KernelKills:
             return log
         return None
 
-    def look(self, pids: set[int] | None = None) -> None:
-        """Learn the counters of the cgroups that this process and the given ones are in, while they live."""
-        for pid in ("self", *(pids or ())):
-            for path in _cgroup_files(pid):
-                if path not in self._counters:
-                    count = _count(path)
-                    if count is not None:
-                        self._counters[path] = count
+    def look(self, pids: set[int] | None = None, *, forget: bool = False) -> None:
+        """Learn the counters of the cgroups that this process and the given ones are in, while they live.
+
+        With `forget`, kills that a counter already had at the last look were others' (a subprocess of the
+        application): nobody has asked for them.
+        """
+        # As first seen: of a process that has died meanwhile, version 1 says that it is in the root.
+        self._files_of = {pid: self._files_of.get(pid) or _cgroup_files(pid) for pid in pids or ()}
+        for path in _cgroup_files("self").union(*self._files_of.values()):
+            self._counters.setdefault(path, _count(path) or 0)
+        if forget:
+            for path in self._counters:
+                self._counters[path] = max(self._counters[path], self._at_last_look.get(path, 0))
+            self._at_last_look = {path: _count(path) or 0 for path in self._counters}
 
     def was(self, pid: int) -> str | None:
         """Why it is certain, or all but certain, that the kernel killed this process for memory; None otherwise."""
         if self._log is not None:
             if self._read_log() and pid in self._named:
                 self._named.discard(pid)
-                self._take_one()
+                self._take_one(pid)
                 return "the kernel's log says that it was killed for memory"
             if self._log is not None:
                 return None  # the log is whole and does not name it
-        path = self._take_one()
+        path = self._take_one(pid)
         return None if path is None else f"oom_kill of {path} went up"
 
-    def _take_one(self) -> Path | None:
-        """One kill that a counter has and nobody was told of yet."""
-        for path, before in self._counters.items():
+    def _take_one(self, pid: int) -> Path | None:
+        """One kill that the counters of its cgroup have and nobody was told of yet."""
+        for path in sorted(self._files_of.get(pid) or self._counters):
             present = _count(path)
-            if present is not None and present > before:
-                self._counters[path] = before + 1
+            if present is not None and present > self._counters[path]:
+                self._counters[path] += 1
+                self._take_above(path)
                 return path
         return None
+
+    def _take_above(self, path: Path) -> None:
+        """``memory.events`` counts what is below it too."""
+        for each, before in self._counters.items():
+            if each.name == "memory.events" and each.parent in path.parent.parents:
+                self._counters[each] = max(before, min(before + 1, _count(each) or 0))
 
     def _read_log(self) -> bool:
         """Take in what the kernel has said since. False once lines were lost: then the counters tell."""

@@ -14,7 +14,7 @@ from celery_batchtrack.vocabulary.crash_policy import (
     judge,
 )
 from celery_batchtrack.vocabulary.evidence import Evidence
-from celery_batchtrack.vocabulary.records import ChildRow, Rerun, Settled
+from celery_batchtrack.vocabulary.records import ChildRow, Killer, Rerun, Settled
 from celery_batchtrack.vocabulary.states import Cause, Verdict
 
 from . import dispatch, finish, handover
@@ -72,8 +72,10 @@ def _split(
     )  # fmt: skip
     if cut is None:
         return None
-    killer = handover.killer_of(row, policy, evidence, tracker.settings.app_version, tracker.codec)
-    return tracker.store.split(row, cut.parts, cut.own, killer=killer, claimed=claimed)
+    killer = _killer(tracker, row, policy, evidence)
+    return tracker.store.split(
+        row, cut.parts, cut.own, killer=killer, claimed=claimed, policy=policy.as_option()
+    )
 
 
 def _end_or_rerun(
@@ -81,12 +83,16 @@ def _end_or_rerun(
     *, claimed: bool,
 ) -> Settled:  # fmt: skip
     again = _rerun(tracker, row, policy, judgement) if judgement.runs_again else None
-    killer = None
-    if verdict is Verdict.OBSERVED and evidence.cause in _BLAMED:
-        killer = handover.killer_of(row, policy, evidence, tracker.settings.app_version, tracker.codec)
+    killer = _killer(tracker, row, policy, evidence) if verdict is Verdict.OBSERVED else None
     if claimed:
         return tracker.store.crash(row, evidence, verdict, again, killer)
     return tracker.store.crash_unclaimed(row, evidence, again, killer)
+
+
+def _killer(tracker: Tracker, row: ChildRow, policy: RowPolicy, evidence: Evidence) -> Killer | None:
+    if evidence.cause not in _BLAMED:
+        return None
+    return handover.killer_of(row, policy, evidence, tracker.settings.app_version, tracker.codec)
 
 
 def _rerun(tracker: Tracker, row: ChildRow, policy: RowPolicy, judgement: Judgement) -> Rerun:

@@ -28,6 +28,8 @@ class Unhappy:
     signal: str | None = None
     exit_code: int | None = None
     message: str | None = None
+    item: str | None = None  # in hand
+    python_frame: str | None = None
     hostname: str | None = None
     pid: int | None = None
     detected_by: str | None = None
@@ -37,8 +39,12 @@ class Unhappy:
 
     def __str__(self) -> str:
         who = ", ".join(self.items[:5]) + (", …" if len(self.items) > 5 else "")
-        how = self.signal or self.cause or self.status
-        where = f" on {self.hostname} pid {self.pid}" if self.pid and self.status == Status.CRASHED else ""
+        how = (self.signal if self.cause == Cause.SIGNAL else self.cause) or self.status
+        held = f" with {self.item} in hand" if self.item and len(self.items) > 1 else ""
+        frame = f" in {self.python_frame}" if self.python_frame and self.status == Status.CRASHED else ""
+        where = f"{held}{frame}"
+        if self.pid and self.status == Status.CRASHED:
+            where += f" on {self.hostname} pid {self.pid}"
         said = f": {self.message:.200}" if self.message and self.status == Status.FAILED else ""
         return f"#{self.position} {who or self.task} {how}{where}{said}"
 
@@ -126,6 +132,6 @@ def _unhappy(child: ChildRow, incident: IncidentRow | None) -> Unhappy:
     if incident is None:
         return Unhappy(*base)
     return Unhappy(
-        *base, incident.signal, incident.exit_code, incident.message, incident.hostname, incident.pid,
-        incident.detected_by,
+        *base, incident.signal, incident.exit_code, incident.message, incident.item, incident.python_frame,
+        incident.hostname, incident.pid, incident.detected_by,
     )  # fmt: skip

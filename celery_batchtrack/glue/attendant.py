@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from celery.worker import state
@@ -202,14 +203,15 @@ class Attendant:
         self.sweeper.sweep()
 
     def _end_stalled(self) -> None:
-        for death in self.stalls.look():
-            self._judge(death)
+        for death in self.stalls.look():  # before the pool's own news of it, which only know the signal
+            self._waiting.append(partial(self._judge, death))
+            self._work_off()
 
     def _look_at_processes(self) -> None:
         """What can be asked only while they live."""
         pids = {blackbox.slot_process(slot)[0] for slot, _ in self.boxes.pages()}
         self._peaks.sample(pids)
-        self._kernel.look(pids)
+        self._kernel.look(pids, forget=not self._waiting)
 
     def _sweep_if_overdue(self) -> None:
         if self.sweeper.overdue():
@@ -267,6 +269,7 @@ class Attendant:
         self._guarded(self._work_off)
         self._guarded(lambda: run.deliver_spool(self.tracker, self.boxes))
         self._guarded(self._settle_what_the_pool_left)
+        self._kernel.close()
 
     def _settle_what_the_pool_left(self) -> None:
         """A cold shutdown kills pool processes; what they had in hand is lost with this worker."""

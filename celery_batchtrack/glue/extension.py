@@ -266,10 +266,13 @@ class BatchTrack:
         tracker = self.tracker
         identity = WorkerIdentity(name, "worker", pool, versions=tracker.versions)
         base = folders.choose_folder(tracker.settings.blackbox_dir)
-        if base is None:
-            logger.warning("action=no_blackbox no writable folder: crashes are known by row, not by black box")
         boxes = Boxes(base, identity.id)
         boxes.create()
+        if boxes.folder is None:
+            logger.warning(
+                "action=no_blackbox no folder to write in (%s): crashes are known by row, not by item or stack",
+                boxes.trouble or f"batchtrack_blackbox_dir = {tracker.settings.blackbox_dir!r}",
+            )
         self._check_schema()
         self._worker, self._worker_pid = (identity, boxes), os.getpid()
         self.isolated_queues = IsolatedQueues()

@@ -10,13 +10,14 @@ from celery_batchtrack import signals
 from celery_batchtrack.behaviour import fatal
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.evidence import Evidence
+from celery_batchtrack.vocabulary.states import Cause
 
 logger = logging.getLogger("celery_batchtrack")
 
 
 def how_it_died(evidence: Evidence) -> str:
     """Signal, exit code or cause, in a few words."""
-    if evidence.signal:
+    if evidence.signal and evidence.cause is Cause.SIGNAL:
         return evidence.signal
     if evidence.exit_code is not None:
         return f"exit code {evidence.exit_code}"

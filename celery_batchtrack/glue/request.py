@@ -35,16 +35,6 @@ class TrackedRequest:
         header = self.request_dict.get(HEADER)
         return Ticket.from_header(header) if header is not None else None
 
-    def execute_using_pool(self: Any, pool: Any, **kwargs: Any) -> Any:
-        """A suspect waits until its worker is free of all others, and they wait for its end."""
-        header = self.request_dict.get(HEADER)
-        gate = getattr(self.app.batchtrack, "gate", None)
-        if gate is None or gate.lets_through(self, isolated=header is not None and header.get("isolated") is True):
-            return super().execute_using_pool(pool, **kwargs)  # type: ignore[misc]
-        start = super().execute_using_pool  # type: ignore[misc]
-        gate.hold(self, lambda: start(pool, **kwargs))
-        return None
-
     def on_accepted(self: Any, pid: int, time_accepted: float) -> None:
         if HEADER in self.request_dict:
             self._batchtrack_started = hosts.started(pid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from signal import Signals, valid_signals
+from signal import Signals
 from typing import Any
 
 from billiard.pool import EX_RECYCLE
@@ -39,6 +39,7 @@ class AttendanceStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 "detection would mistake them. Use -P prefork, threads or solo, or leave BatchTrack(app) out"
             )
         worker.app.batchtrack.begin_worker(worker.hostname, pool)
+        worker.process_task = worker.app.batchtrack.gate.guarding(worker.process_task)  # the consumer is made of it
         self._end_with(worker.blueprint, worker.app.batchtrack)
 
     def _end_with(self, blueprint: Any, extension: Any) -> None:
@@ -96,7 +97,8 @@ def _exited(extension: Any, pid: int, code: int) -> None:
     if attendant is None:
         return
     if code < 0:
-        name = Signals(-code).name if -code in valid_signals() else f"signal {-code}"
+        names = {int(each): each.name for each in Signals}  # not of most real-time signals
+        name = names.get(-code, f"signal {-code}")
         attendant.died(Death(pid, None, Cause.SIGNAL, signal=name, message=f"its process was killed by {name}"))
     else:
         attendant.died(Death(pid, None, Cause.EXIT, exit_code=code, message=f"its process exited with {code}"))

@@ -30,10 +30,10 @@ class Watched:
 
 
 def lock(connection: sa.Connection, batch_id: uuid.UUID) -> Watched | None:
-    """Lock the batch if it has a breaker; None otherwise. Comes before its child is touched."""
+    """Lock the batch if it has a breaker and lives; None otherwise. Comes before its child is touched."""
     found = connection.execute(
         sa.select(batch.c.options, batch.c.deaths, batch.c.crash_samples, batch.c.paused_at)
-        .where(batch.c.id == batch_id, batch.c.watch_crashes)
+        .where(batch.c.id == batch_id, batch.c.watch_crashes, _ALIVE)
         .with_for_update(key_share=True)
     ).one_or_none()
     rate = CrashRate.from_option(found.options.get("crash_rate")) if found is not None else None
@@ -54,7 +54,7 @@ def count_death(connection: sa.Connection, watched: Watched | None) -> str | Non
     }  # fmt: skip
     if reason is not None:
         values.update(paused_at=now(), pause_reason=f"breaker: {reason}"[:255])
-    connection.execute(sa.update(batch).where(batch.c.id == watched.batch_id, _ALIVE).values(**values))
+    connection.execute(sa.update(batch).where(batch.c.id == watched.batch_id).values(**values))
     return reason
 
 

@@ -246,7 +246,8 @@ class ChildWrites(Connected):
         with self.write() as connection:
             watched = transition.target if verdict is Verdict.OBSERVED else Status.PENDING
             first = callbacks.lock_for_first_failure(connection, row.batch_id, watched)
-            rate = breaker.lock(connection, row.batch_id) if strike else None
+            counted = strike and row.kind == Kind.CHILD
+            rate = breaker.lock(connection, row.batch_id) if counted else None
             found = connection.execute(change(transition, *guard, **values).returning(*MOVED, *TOLD)).all()
             if not found:
                 return Settled(False)
@@ -269,6 +270,7 @@ class ChildWrites(Connected):
         )
         judged = sa.select(sa.func.count(incident.c.run_token.distinct())).where(
             incident.c.worker_id == row.worker_id, incident.c.run_token != row.run_token,
+            incident.c.overturned_at.is_(None),
             sa.or_(
                 incident.c.cause == Cause.WORKER_LOST.value,
                 incident.c.detected_by.in_([Detector.HOST.value, Detector.LEASE.value]),
@@ -356,7 +358,7 @@ def _zombie(found: Any, token: uuid.UUID) -> str | None:
         return None  # cancelled with terminate=False: it may run on, in vain
     if row.status in (Status.CANCELLED, Status.CRASHED):
         return f"its row is {row.status} ({row.cause})"
-    return None
+    return "its row is split: others run its items" if row.status == Status.SPLIT else None
 
 
 def _rerun(again: Rerun) -> dict[str, Any]:

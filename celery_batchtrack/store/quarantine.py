@@ -20,7 +20,10 @@ _COLUMNS = tuple(quarantine.c[name] for name in QuarantinedItem.__slots__)
 
 
 def count_kill(connection: sa.Connection, task: str, killer: Killer | None, key: ChildKey, evidence: Evidence) -> bool:
-    """One death more of this item. True if it is in quarantine from now on."""
+    """One death more of this item. True if it is in quarantine from now on, and was not before.
+
+    What is in quarantine stays there, also if a batch with a policy of more patience counts on.
+    """
     if killer is None:
         return False
     insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(quarantine)
@@ -29,20 +32,23 @@ def count_kill(connection: sa.Connection, task: str, killer: Killer | None, key:
         "signal": evidence.signal, "python_frame": evidence.python_frame, "batch_id": key.batch_id,
         "position": key.position, "last_at": now(),
     }  # fmt: skip
-    enough = quarantine.c.deaths + 1 >= killer.quarantine_after
-    again = insert.values(
-        task=task, item_hash=killer.item_hash, version=killer.version, deaths=1, first_at=now(),
-        quarantined_at=now() if killer.quarantine_after <= 1 else None, **told,
+    counted = insert.values(
+        task=task, item_hash=killer.item_hash, version=killer.version, deaths=1, first_at=now(), **told
     ).on_conflict_do_update(
-        index_elements=list(quarantine.primary_key),
-        set_={
-            **told, "deaths": quarantine.c.deaths + 1,
-            "quarantined_at": sa.case((enough, sa.func.coalesce(quarantine.c.quarantined_at, now()))),
-            "released_at": sa.case((enough, None), else_=quarantine.c.released_at),
-        },
+        index_elements=list(quarantine.primary_key), set_={**told, "deaths": quarantine.c.deaths + 1}
     )  # fmt: skip
-    deaths: int = connection.execute(again.returning(quarantine.c.deaths)).scalar_one()
-    return deaths == killer.quarantine_after
+    deaths: int = connection.execute(counted.returning(quarantine.c.deaths)).scalar_one()
+    if deaths < killer.quarantine_after:
+        return False
+    set_aside = (
+        sa.update(quarantine)
+        .where(
+            quarantine.c.task == task, quarantine.c.item_hash == killer.item_hash,
+            quarantine.c.version == killer.version, quarantine.c.quarantined_at.is_(None),
+        )
+        .values(quarantined_at=now(), released_at=None)
+    )  # fmt: skip
+    return connection.execute(set_aside).rowcount == 1
 
 
 class Quarantining(Connected):

@@ -161,19 +161,19 @@ class Queries(Connected):
 
     def incidents(
         self, batch_id: uuid.UUID | None = None, *, outcomes: Sequence[str] = (), crashes_only: bool = False,
-        since: float | None = None, limit: int | None = None,
+        since: float | None = None, limit: int | None = None, position: int | None = None,
     ) -> list[IncidentRow]:  # fmt: skip
         """Incidents, oldest first. `crashes_only`: deaths, those included after which a child ran again;
-        `since`: not older than that many seconds."""
+        `since`: not older than that many seconds; `position`: of one child of the batch."""
         of_child: dict[str, Any] = {"task": child.c.task, "task_id": child.c.task_id, "items": child.c["items"]}
-        columns = [
-            of_child[name] if name in of_child else incident.c[name] for name in IncidentRow.__slots__
-        ]
+        columns = [of_child[name] if name in of_child else incident.c[name] for name in IncidentRow.__slots__]
         query = sa.select(*columns).join(
             child, sa.and_(child.c.batch_id == incident.c.batch_id, child.c.position == incident.c.position)
         )
         if batch_id is not None:
             query = query.where(incident.c.batch_id == batch_id)
+        if position is not None:
+            query = query.where(incident.c.position == position)
         if outcomes:
             query = query.where(incident.c.outcome.in_(list(outcomes)))
         if crashes_only:
@@ -206,35 +206,43 @@ class Queries(Connected):
         self, by: str, batch_id: uuid.UUID | None = None, *, since: float | None = None, limit: int = 1000
     ) -> list[CrashGroup]:
         """Deaths grouped by ``fingerprint``, ``item``, ``signal`` or ``host``, most deaths first. Of an item, each
-        task's deaths are a group of their own."""
-        key: Any = {
-            "fingerprint": incident.c.fingerprint, "item": incident.c.item, "host": incident.c.hostname,
-            "signal": sa.func.coalesce(incident.c.signal, incident.c.cause),
-        }[by]  # fmt: skip
-        with_task = by in ("item", "fingerprint")
-        task: Any = child.c.task if with_task else sa.null()
+        task's deaths are a group of their own. What may differ within a group is that of its newest death."""
+        each = _deaths_by(by, batch_id, since).subquery()
+
+        def of_newest(name: str) -> Any:
+            return sa.func.max(sa.case((each.c.nth == 1, each.c[name])))
+
+        of_all: dict[str, Any] = {
+            "key": each.c.key, "deaths": sa.func.count(), "batches": sa.func.count(each.c.batch_id.distinct()),
+            "items": sa.func.count(each.c.item.distinct()), "first_at": sa.func.min(each.c.detected_at),
+            "last_at": sa.func.max(each.c.detected_at),
+        }  # fmt: skip
+        columns = ((of_all[name] if name in of_all else of_newest(name)).label(name) for name in CrashGroup.__slots__)
         query = (
-            sa.select(
-                key.label("key"), sa.func.max(child.c.task).label("task"), sa.func.count().label("deaths"),
-                sa.func.count(incident.c.batch_id.distinct()).label("batches"),
-                sa.func.count(incident.c.item.distinct()).label("items"),
-                sa.func.max(incident.c.cause).label("cause"), sa.func.max(incident.c.signal).label("signal"),
-                sa.func.max(incident.c.python_frame).label("python_frame"),
-                sa.func.max(incident.c.item).label("item"), sa.func.min(incident.c.detected_at).label("first_at"),
-                sa.func.max(incident.c.detected_at).label("last_at"),
-            )
-            .join(child, sa.and_(child.c.batch_id == incident.c.batch_id, child.c.position == incident.c.position))
-            .where(_is_death(), key.is_not(None))
-            .group_by(key, *((task,) if with_task else ()))
-            .order_by(sa.desc("deaths"), sa.desc("last_at"))
-            .limit(limit)
+            sa.select(*columns).group_by(each.c.key, each.c.apart)
+            .order_by(sa.desc("deaths"), sa.desc("last_at")).limit(limit)
         )  # fmt: skip
-        if batch_id is not None:
-            query = query.where(incident.c.batch_id == batch_id)
-        if since is not None:
-            query = query.where(incident.c.detected_at >= later(-since))
         with self.read() as connection:
             return [CrashGroup(*row) for row in connection.execute(query)]
+
+    def parts_of(self, row: ChildRow) -> list[ChildRow]:
+        """The rows that took over the items of a split child, by position."""
+        origin = row.position if row.origin is None else row.origin
+        query = (
+            sa.select(*CHILD_COLUMNS)
+            .where(child.c.batch_id == row.batch_id, child.c.origin == origin, child.c.split_from == row.position)
+            .order_by(child.c.position)
+        )
+        with self.read() as connection:
+            return [child_row(each) for each in connection.execute(query)]
+
+    def split_count(self, batch_id: uuid.UUID) -> int:
+        """How many children of a batch were split. Its parts are counted, which have an index, not all its rows."""
+        query = sa.select(sa.func.count(child.c.split_from.distinct())).where(
+            child.c.batch_id == batch_id, child.c.origin.is_not(None)
+        )
+        with self.read() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def isolated_queues(self) -> list[str]:
         """Queues in which suspects wait."""
@@ -296,6 +304,31 @@ def _progress(row: Any) -> Progress:
 def _is_death() -> sa.ColumnElement[bool]:
     """Somebody noticed it (a failure reports itself), and it was not overturned."""
     return sa.and_(incident.c.detected_by.is_not(None), incident.c.overturned_at.is_(None))
+
+
+def _deaths_by(by: str, batch_id: uuid.UUID | None, since: float | None) -> sa.Select[Any]:
+    """Deaths with the `key` of their group, and the how-many-eth newest of it they are (`nth`)."""
+    key: Any = {
+        "fingerprint": incident.c.fingerprint, "item": incident.c.item, "host": incident.c.hostname,
+        "signal": sa.func.coalesce(incident.c.signal, incident.c.cause),
+    }[by]  # fmt: skip
+    apart: tuple[Any, ...] = (child.c.task,) if by in ("item", "fingerprint") else ()
+    newest_first = (incident.c.detected_at.desc(), incident.c.id.desc())
+    told = ("batch_id", "detected_at", "cause", "signal", "python_frame", "item")
+    query = (
+        sa.select(
+            key.label("key"), child.c.task, *(incident.c[name] for name in told),
+            (apart[0] if apart else sa.null()).label("apart"),
+            sa.func.row_number().over(partition_by=(key, *apart), order_by=newest_first).label("nth"),
+        )
+        .join(child, sa.and_(child.c.batch_id == incident.c.batch_id, child.c.position == incident.c.position))
+        .where(_is_death(), key.is_not(None))
+    )  # fmt: skip
+    if batch_id is not None:
+        query = query.where(incident.c.batch_id == batch_id)
+    if since is not None:
+        query = query.where(incident.c.detected_at >= later(-since))
+    return query
 
 
 def _incident_row(row: Any) -> IncidentRow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,13 +41,15 @@ class Splitting(Connected):
 
     def split(
         self, row: ChildRow, parts: Sequence[Part], evidence: Evidence | None, *, killer: Killer | None = None,
-        claimed: bool = True, death: bool = True,
+        claimed: bool = True, death: bool = True, policy: Mapping[str, Any] | None = None,
     ) -> Settled:  # fmt: skip
         """``running → split`` (or pending, where it was never claimed): its items are those of `parts` from now on.
 
         `evidence` is the split child's own incident, where no part carries it. Fenced by the run token that `row`
-        was read with, or by its attempt. With `death`, it is counted as one.
+        was read with, or by its attempt. With `death`, it is counted as one. `policy` is for a row that has none
+        yet, since it was never claimed: results are merged as it says.
         """
+        row = replace(row, policy=row.policy or (None if policy is None else dict(policy)))
         failed = any(part.status is Status.CRASHED for part in parts)
         with self.write() as connection:
             first = callbacks.lock_for_first_failure(
@@ -82,7 +84,9 @@ class Splitting(Connected):
         self, connection: sa.Connection, row: ChildRow, *, claimed: bool, death: bool, evidence: Evidence | None
     ) -> bool:
         here = sa.and_(child.c.batch_id == row.batch_id, child.c.position == row.position)
-        values: dict[str, Any] = {"cause": evidence.cause.value if evidence else None, "signature": None}
+        values: dict[str, Any] = {
+            "cause": evidence.cause.value if evidence else None, "signature": None, "policy": row.policy
+        }  # fmt: skip
         if death:
             values.update(crashes=child.c.crashes + 1, verdict=Verdict.OBSERVED.value)
         if claimed:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import uuid
+from typing import TYPE_CHECKING
 
 import click
-from celery.bin.base import handle_preload_options
-from click_didyoumean import DYMGroup  # type: ignore[import-untyped, unused-ignore]
 
 from celery_batchtrack import errors
-from celery_batchtrack.surfaces import jsonio, pages, views
+from celery_batchtrack.surfaces import crash_cli, jsonio, pages, views
 from celery_batchtrack.surfaces.console import (
-    Command,
     acting,
     age,
-    duration,
+    app_name,
     extension_of,
     put,
     put_json,
@@ -27,38 +24,14 @@ from celery_batchtrack.surfaces.console import (
     store_of,
     until_stopped,
 )
+from celery_batchtrack.surfaces.group import DURATION, as_json, batchtrack, command
 from celery_batchtrack.vocabulary.states import BatchStatus, Status
 
 if TYPE_CHECKING:
     from celery_batchtrack.behaviour.detector import Sweep
     from celery_batchtrack.glue.extension import BatchTrack
 
-DURATION: Any = {"metavar": "DURATION", "callback": duration}
-as_json = click.option("-j", "--json", "as_json", is_flag=True, help="Print JSON: ISO-8601 times in UTC, full ids.")
-
-
-def _group(ctx: click.Context, **_: Any) -> None:
-    """Look at tracked batches, and look after them.
-
-    ID is a batch's id, or its beginning. With --json, standard output is one JSON array (`show`: one object).
-
-    Exit codes: 1 a check found violations, 2 wrong usage, 66 no such batch, 69 the tracking database cannot be
-    reached or written, 78 wrong configuration, or tables of another version.
-    """
-
-
-batchtrack: click.Group = click.group(
-    "batchtrack", cls=DYMGroup, short_help="Batches: progress, crashes, workers, and the crash detector."
-)(click.pass_context(handle_preload_options(_group)))  # type: ignore[no-untyped-call, unused-ignore]
-
-
-def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
-    """A subcommand that takes the context."""
-
-    def register(function: Callable[..., Any]) -> click.Command:
-        return batchtrack.command(name, cls=Command)(click.pass_context(function))
-
-    return register
+__all__ = ["batchtrack", "crash_cli"]
 
 
 # -- looking --------------------------------------------------------------------------------------
@@ -89,7 +62,8 @@ def show(ctx: click.Context, id: str, as_json: bool) -> None:
     if as_json:
         put(jsonio.dumps(found, indent=2) + "\n")
     else:
-        put_lines(pages.batch_page(screen_of(ctx), found))
+        short = views.short_id(store, found["id"])
+        put_lines(pages.batch_page(screen_of(ctx), found, short, app_name(ctx) or "<app>"))
 
 
 @command("children")
@@ -106,26 +80,6 @@ def children(ctx: click.Context, id: str, statuses: tuple[str, ...], callbacks: 
         put_json(found)
     else:
         put_lines(pages.child_list(screen_of(ctx), found), "no such rows")
-
-
-@command("crashes")
-@click.option("--batch", "id", metavar="ID", help="Only of this batch.")
-@click.option("--since", **DURATION, help="Only those noticed in the last 24h, 7d, …")
-@click.option("-n", "--limit", type=click.IntRange(1, 1_000_000), help="Only the newest so many.")
-@as_json
-def crashes(ctx: click.Context, id: str | None, since: float | None, limit: int | None, as_json: bool) -> None:
-    """Deaths of children, oldest first.
-
-    Also those after which the child ran again. Verdicts that were overturned (a silent worker came back, and its
-    child had not died) are left out.
-    """
-    store = store_of(ctx)
-    batch_id = None if id is None else store.resolve(id)
-    found = [views.incident(row) for row in store.incidents(batch_id, crashes_only=True, since=since, limit=limit)]
-    if as_json:
-        put_json(found)
-    else:
-        put_lines(pages.crash_list(screen_of(ctx), found), "no crashes")
 
 
 @command("workers")
@@ -274,3 +228,43 @@ def cancel(ctx: click.Context, id: str, terminate: bool, as_json: bool) -> None:
         say(ctx, f"{row.name} {row.batch_id} had ended already: {row.status}")
     else:
         say(ctx, f"cancelled {row.name} {row.batch_id}: {row.cancelled} children, {row.completed} had completed")
+
+
+@command("pause")
+@click.argument("id")
+@as_json
+def pause(ctx: click.Context, id: str, as_json: bool) -> None:
+    """Start no more children of a batch.
+
+    What runs goes on, and so does the rest after `resume`.
+    """
+    from celery_batchtrack.behaviour import finish
+
+    extension = acting(ctx)
+    batch_id = extension.store.resolve(id)
+    _paused_or_resumed(ctx, extension, batch_id, "paused", finish.pause(extension.tracker, batch_id), as_json)
+
+
+@command("resume")
+@click.argument("id")
+@as_json
+def resume(ctx: click.Context, id: str, as_json: bool) -> None:
+    """Go on with a batch that was paused, by hand or by its breaker."""
+    from celery_batchtrack.behaviour import finish
+
+    extension = acting(ctx)
+    batch_id = extension.store.resolve(id)
+    _paused_or_resumed(ctx, extension, batch_id, "resumed", finish.resume(extension.tracker, batch_id), as_json)
+
+
+def _paused_or_resumed(
+    ctx: click.Context, extension: BatchTrack, batch_id: uuid.UUID, what: str, done: bool, as_json: bool
+) -> None:
+    found = next(views.batches(extension.store, [batch_id]), None)
+    if found is None:
+        raise errors.BatchNotFound(f"batch {batch_id} is gone from {extension.store.shown_url}")
+    if as_json:
+        told = {name: found[name] for name in ("id", "name", "status", "paused_at", "pause_reason")}
+        put_json([{**told, what: done}])
+    else:
+        say(ctx, pages.pause_line(found, what, done))

@@ -35,11 +35,15 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 _CENTURY = 100 * 366 * 86_400.0
 
 
+#: What these commands say themselves need not be logged on the same terminal.
+_SAID = {"pause": "action=batch_paused", "resume": "action=batch_resumed"}
+
+
 class Command(click.Command):
     """Says what went wrong in one line on standard error, with an exit code that scripts can tell apart."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _logs_on_stderr():
+        with _logs_on_stderr(_SAID.get(self.name or "")):
             try:
                 return super().invoke(ctx)
             except (errors.BatchTrackError, CeleryImproperlyConfigured) as error:
@@ -54,7 +58,7 @@ class _OneSafeLine(logging.Formatter):
 
 
 @contextlib.contextmanager
-def _logs_on_stderr() -> Iterator[None]:
+def _logs_on_stderr(said: str | None) -> Iterator[None]:
     """Warnings of ours, unless the application has set up logging itself."""
     logger = logging.getLogger("celery_batchtrack")
     if logger.hasHandlers():
@@ -63,6 +67,7 @@ def _logs_on_stderr() -> Iterator[None]:
     handler = logging.StreamHandler()
     handler.setFormatter(_OneSafeLine("%(levelname)s: %(message)s"))
     handler.setLevel(logging.WARNING)
+    handler.addFilter(lambda record: said is None or not str(record.msg).startswith(said))
     logger.addHandler(handler)
     try:
         yield
@@ -95,8 +100,13 @@ def duration(ctx: click.Context, param: click.Parameter, value: str | None) -> f
 
 
 def storable(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """An option's text as every database takes it, whatever bytes the shell passed."""
-    return None if value is None else value.encode(errors="replace").decode()
+    """An option's text as every database takes it."""
+    return None if value is None else as_stored(value)
+
+
+def as_stored(text: str) -> str:
+    """Whatever bytes the shell passed, no lone surrogates."""
+    return text.encode(errors="replace").decode()
 
 
 def extension_of(ctx: click.Context) -> BatchTrack:
@@ -109,6 +119,23 @@ def extension_of(ctx: click.Context) -> BatchTrack:
         if ctx.find_root().params.get("app"):
             raise
         raise errors.ImproperlyConfigured(f"{error} (name your app: celery -A <app> batchtrack …)") from None
+
+
+def app_name(ctx: click.Context) -> str | None:
+    """What ``-A`` names; where the application itself started the command, the name it can be imported by."""
+    named = ctx.find_root().params.get("app")
+    if isinstance(named, str):
+        return named
+    for module, found in list(sys.modules.items()):
+        for name, value in list(getattr(found, "__dict__", {}).items()):
+            if value is ctx.obj.app and module != "__main__" and not module.startswith(("celery.", "_")):
+                return f"{module}:{name}"
+    return None
+
+
+def not_there(text: object) -> CeleryCommandException:
+    """What was asked for does not exist: a child, an incident, an item."""
+    return CeleryCommandException(clean(text), EX_NOT_FOUND)
 
 
 def store_of(ctx: click.Context) -> Store:

@@ -183,3 +183,12 @@ def rate(per_second: float | None) -> str:
 def number(value: int) -> str:
     """Thousands apart: ``10 000``."""
     return f"{value:,}".replace(",", " ")
+
+
+def size(count: int) -> str:
+    """Bytes in a few characters: ``812 kB``, ``41 MB``, ``3.2 GB``."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            value = count / factor
+            return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+    return f"{count} B"

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary.evidence import IncidentRow
-from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Progress, Violation, WorkerRow
+from celery_batchtrack.vocabulary.records import (
+    BatchRow,
+    ChildRow,
+    CrashGroup,
+    Progress,
+    QuarantinedItem,
+    Violation,
+    WorkerRow,
+)
 from celery_batchtrack.vocabulary.states import Status
 
 if TYPE_CHECKING:
@@ -17,6 +25,8 @@ if TYPE_CHECKING:
     from celery_batchtrack.store import Store
     from celery_batchtrack.vocabulary.settings import Settings
 
+#: The time stamp of a time-ordered id: shorter, and batches of the same minute look alike.
+SHORT_ID = 13
 #: A batch may have a million incidents; `show` has the newest.
 SHOWN_INCIDENTS = 1000
 _PAGE = 500
@@ -24,14 +34,14 @@ _PAGE = 500
 _MARGIN = 10.0
 
 _OF_BATCH = (
-    "reason", "parent_task_id", "parent_task", "root_id", "created_at", "sealed_at", "paused_at", "started_at",
-    "finished_at",
+    "reason", "parent_task_id", "parent_task", "root_id", "created_at", "sealed_at", "paused_at", "pause_reason",
+    "started_at", "finished_at",
 )  # fmt: skip
 #: Not shown: `signature` and `result` are customers' data, `run_token` is a fence, `shard` a detail.
 _OF_CHILD = (
     "batch_id", "position", "kind", "ordinal", "round", "task", "task_id", "status", "cause", "verdict", "attempt",
-    "crashes", "retries", "dispatches", "items", "item_count", "queue", "worker_id", "slot", "created_at",
-    "dispatched_at", "not_before", "expires_at", "started_at", "finished_at",
+    "crashes", "retries", "dispatches", "split_from", "origin", "isolated", "rerouted", "items", "item_count", "queue",
+    "worker_id", "slot", "created_at", "dispatched_at", "not_before", "expires_at", "started_at", "finished_at",
 )  # fmt: skip
 _OF_CALLBACK = (
     "kind", "ordinal", "round", "position", "task", "task_id", "status", "cause", "attempt", "crashes", "started_at",
@@ -66,11 +76,24 @@ def batch_in_full(store: Store, batch_id: uuid.UUID) -> dict[str, Any]:
     incidents = store.incidents(batch_id, limit=SHOWN_INCIDENTS + 1)
     return {
         **found,
+        "split": store.split_count(batch_id),
         "children": {status.value: found[status] for status in Status if status != Status.SPLIT},
         "callbacks": [_chosen(each, _OF_CALLBACK) for each in store.callback_rows(batch_id)],
         "incidents": [incident(each) for each in incidents[-SHOWN_INCIDENTS:]],
         "incidents_complete": len(incidents) <= SHOWN_INCIDENTS,
     }
+
+
+def short_id(store: Store, batch_id: uuid.UUID | str) -> str:
+    """A beginning of the id that names this batch alone."""
+    whole = str(batch_id)
+    for length in (SHORT_ID, 18, 23):
+        try:
+            store.resolve(whole[:length])
+        except errors.BatchNotFound:
+            continue
+        return whole[:length]
+    return whole
 
 
 def child(row: ChildRow) -> dict[str, Any]:
@@ -81,6 +104,20 @@ def child(row: ChildRow) -> dict[str, Any]:
 def incident(row: IncidentRow) -> dict[str, Any]:
     """Evidence of one attempt that did not complete."""
     return _chosen(row, IncidentRow.__slots__)
+
+
+def crash_group(by: str, group: CrashGroup, quarantined: Container[tuple[str, str]]) -> dict[str, Any]:
+    """Deaths that have `by` in common. `quarantined`: (task, item) of what is not sent now."""
+    values = {"by": by, **_chosen(group, CrashGroup.__slots__)}
+    if by == "item":
+        values["state"] = "quarantined" if (group.task, group.key) in quarantined else None
+    return values
+
+
+def quarantined_item(row: QuarantinedItem, version: str) -> dict[str, Any]:
+    """An item that killed. `version`: of the application as it is now, for which others' quarantine is over."""
+    over = row.state == "quarantined" and row.version != version
+    return {**_chosen(row, QuarantinedItem.__slots__), "state": "another version" if over else row.state}
 
 
 def worker_state(row: WorkerRow, now: datetime) -> str:

@@ -7,6 +7,7 @@ its id, and every run its pid, to `place`.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import functools
 import json
 import os
@@ -74,6 +75,7 @@ DEEDS: dict[str, Callable[[], object]] = {
     "hang": hang_with_the_gil,
     "sleep": lambda: time.sleep(600),
     "allocate": allocate,
+    "disable": faulthandler.disable,
     "kill the worker": lambda: kill_by(signal.SIGKILL, os.getppid),
 }
 
@@ -84,6 +86,9 @@ def handle(doc: dict[str, Any], place: str) -> None:
     if does == "wait":
         tell(f"{place}.met-{doc['id']}", os.getpid())
         wait_for(place)
+    elif does is not None and does.startswith("allocate in "):
+        Path(does.removeprefix("allocate in "), "cgroup.procs").write_text(str(os.getpid()))
+        allocate()
     elif does in DEEDS:
         DEEDS[does]()
     elif does == "raise":
