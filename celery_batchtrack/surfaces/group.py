@@ -1,0 +1,40 @@
+"""The click group behind ``celery -A app batchtrack``, and how a command joins it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+from celery.bin.base import handle_preload_options
+from click_didyoumean import DYMGroup  # type: ignore[import-untyped, unused-ignore]
+
+from celery_batchtrack.surfaces.console import Command, duration
+
+DURATION: Any = {"metavar": "DURATION", "callback": duration}
+as_json = click.option("-j", "--json", "as_json", is_flag=True, help="Print JSON: ISO-8601 times in UTC, full ids.")
+
+
+def _group(ctx: click.Context, **_: Any) -> None:
+    """Look at tracked batches, and look after them.
+
+    ID is a batch's id, or its beginning. With --json, standard output is one JSON array (`show` and `stack`: one
+    object).
+
+    Exit codes: 1 a check found violations, 2 wrong usage, 66 no such batch, child, incident or item, 69 the tracking
+    database cannot be reached or written, 78 wrong configuration, or tables of another version.
+    """
+
+
+batchtrack: click.Group = click.group(
+    "batchtrack", cls=DYMGroup, short_help="Batches: progress, crashes, workers, and the crash detector."
+)(click.pass_context(handle_preload_options(_group)))  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def command(name: str, group: click.Group = batchtrack) -> Callable[[Callable[..., Any]], click.Command]:
+    """A subcommand that takes the context."""
+
+    def register(function: Callable[..., Any]) -> click.Command:
+        return group.command(name, cls=Command)(click.pass_context(function))
+
+    return register
