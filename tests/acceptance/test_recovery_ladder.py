@@ -15,7 +15,7 @@ import pytest
 
 from celery_batchtrack import Batch, CrashPolicy, errors
 from celery_batchtrack.vocabulary.evidence import IncidentRow
-from tests.acceptance.scene import Scene
+from tests.acceptance.scene import Scene, beats
 from tests.helpers import eventually, unique
 from tests.servers import PostgresServer, RabbitQueues, RedisServer, rabbitmq_url, require
 
@@ -211,9 +211,12 @@ def test_too_many_deaths_pause_the_batch_until_it_is_resumed(stage: Scene) -> No
     bad = [stage.tasks.record.s(docs(1, _0="exit"), place(stage)) for _ in range(12)]
     batch = stage.start(*bad, max_crash_rate="50%")
     row = eventually(lambda: _paused(stage, batch), 30, what="the breaker")
-    assert row.pause_reason.startswith("breaker: 3 of 3 runs died")
+    assert row.pause_reason.startswith("breaker: ") and "runs died within 300 s" in row.pause_reason
     eventually(lambda: batch.progress().running == 0, what="the end of what ran")
-    assert batch.progress().pending >= 12 - 3 - 2, "what ran beside the third death goes on, nothing else starts"
+    left = batch.progress().pending
+    assert left > 0
+    beats(stage, 2)
+    assert batch.progress().pending == left, "nothing starts any more"
     assert batch.resume() and not batch.resume()
     eventually(lambda: _paused(stage, batch), 30, what="the breaker again")
     assert batch.cancel()
@@ -330,20 +333,24 @@ def test_without_pool_processes_the_stack_tells_which_child_did_it(scene: Scene,
 @pytest.fixture
 def small_cgroup() -> Iterator[Path]:
     """A memory cgroup of 150 MB; skipped where the machine lends none (in a container, say)."""
+    group = _limited_cgroup(150 * 1024 * 1024)
+    if group is None:
+        pytest.skip("no memory cgroup can be made here")
+    yield group
+    eventually(lambda: not (group / "cgroup.procs").read_text().strip(), what="an empty cgroup")
+    group.rmdir()
+
+
+def _limited_cgroup(size: int) -> Path | None:
     for base, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max"), ("unified", "memory.max")):
         group = Path("/sys/fs/cgroup", base, unique("batchtrack"))
-        try:
+        with contextlib.suppress(OSError):
             group.mkdir()
-        except OSError:
-            continue
-        if (group / limit).exists():
-            (group / limit).write_text(str(150 * 1024 * 1024))
-            yield group
-            eventually(lambda: not (group / "cgroup.procs").read_text().strip(), what="an empty cgroup")
+            if (group / limit).exists():
+                (group / limit).write_text(str(size))
+                return group
             group.rmdir()
-            return
-        group.rmdir()
-    pytest.skip("no memory cgroup can be made here")
+    return None
 
 
 def test_what_the_kernel_killed_for_memory_is_told_apart_from_what_somebody_killed(
