@@ -29,9 +29,13 @@ class DueCallbacks:
 _COLUMNS = (batch.c.id, batch.c.round, batch.c.callbacks, batch.c.next_position)
 
 
+#: In the words of the callbacks' partial index: with a parameter, SQLite would read the whole batch.
+_IS_CALLBACK = child.c.kind != sa.literal_column(f"'{Kind.CHILD.value}'")
+
+
 def _no_row_yet(kind: Kind) -> sa.ColumnElement[bool]:
     return ~sa.exists().where(
-        child.c.batch_id == batch.c.id, child.c.round == batch.c.round, child.c.kind == kind.value
+        child.c.batch_id == batch.c.id, child.c.round == batch.c.round, child.c.kind == kind.value, _IS_CALLBACK
     )
 
 

@@ -26,7 +26,6 @@ from celery_batchtrack.vocabulary.states import (
     WITHDRAW,
     BatchStatus,
     Cause,
-    Detector,
     Kind,
     Status,
     Transition,
@@ -39,7 +38,7 @@ from .engine import Connected
 from .incidents import TOLD, Attempt, record
 from .quarantine import count_kill
 from .rows import CHILD_COLUMNS, child_row
-from .schema import batch, child, incident
+from .schema import WITH_ITS_WORKER, batch, child, incident
 from .transitions import MOVED, change, move
 
 
@@ -270,11 +269,7 @@ class ChildWrites(Connected):
         )
         judged = sa.select(sa.func.count(incident.c.run_token.distinct())).where(
             incident.c.worker_id == row.worker_id, incident.c.run_token != row.run_token,
-            incident.c.overturned_at.is_(None),
-            sa.or_(
-                incident.c.cause == Cause.WORKER_LOST.value,
-                incident.c.detected_by.in_([Detector.HOST.value, Detector.LEASE.value]),
-            ),
+            incident.c.overturned_at.is_(None), sa.text(f"({WITH_ITS_WORKER})"),
         )  # fmt: skip
         with self.read() as connection:
             slots = {slot.rpartition(":")[0] for slot in connection.execute(running).scalars()}

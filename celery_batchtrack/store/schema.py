@@ -42,6 +42,8 @@ def _where(text: str) -> Any:
 
 
 _OPEN = _one_of("status", OPEN)
+#: Incidents of runs that went down with their worker. A query says it in these very words, or the index is not found.
+WITH_ITS_WORKER = "cause = 'worker_lost' OR detected_by IN ('host', 'lease')"
 
 meta = sa.Table(
     "batchtrack_meta",
@@ -259,9 +261,7 @@ incident = sa.Table(
     sa.Index("batchtrack_incident_child", "batch_id", "position"),
     sa.Index("batchtrack_incident_detected", "detected_at"),
     # Who went down with the same worker.
-    sa.Index("batchtrack_incident_worker", "worker_id",
-        **_where("cause = 'worker_lost' OR detected_by IN ('host', 'lease')"),
-    ),
+    sa.Index("batchtrack_incident_worker", "worker_id", **_where(WITH_ITS_WORKER)),
 )  # fmt: skip
 
 quarantine = sa.Table(
