@@ -23,6 +23,7 @@ from celery_batchtrack.vocabulary.records import (
     NewBatch,
     NewChild,
     NewWorker,
+    Part,
     Refused,
     Rerun,
     Settled,
@@ -38,6 +39,7 @@ SEGFAULT = Evidence(
 )
 SILENCE = Evidence(Cause.WORKER_LOST, message="silent", detected_by=Detector.LEASE)
 ERROR = Evidence(Cause.EXCEPTION, message="ValueError: no", traceback="Traceback …")
+SET_ASIDE = Evidence(Cause.QUARANTINED, phase="before_claim", message="not sent: it killed 2 times")
 
 
 def callbacks(*kinds: str) -> str:
@@ -58,6 +60,26 @@ def some(count: int, *, items: int = 1, **more: Any) -> list[NewChild]:
         )
         for number in range(count)
     ]  # fmt: skip
+
+
+def documents(*names: str, **more: Any) -> NewChild:
+    """One child that works on these."""
+    signature = {"task": "demo.task", "args": [list(names)], "kwargs": {}}
+    return NewChild("demo.task", str(uuid.uuid4()), json.dumps(signature), names, len(names), **more)
+
+
+def part(*names: str, status: Status = Status.PENDING, evidence: Evidence | None = None, **more: Any) -> Part:
+    """What becomes of some of a split child's items."""
+    signature = None if status is Status.COMPLETED else documents(*names).signature
+    return Part(names, len(names), signature, str(uuid.uuid4()), status, evidence, **more)
+
+
+def killed(*names: str, evidence: Evidence = SEGFAULT) -> Part:
+    return part(*names, status=Status.CRASHED, evidence=evidence)
+
+
+def done(*names: str) -> Part:
+    return part(*names, status=Status.COMPLETED)
 
 
 @dataclass
@@ -125,10 +147,17 @@ class Scene:
         rerun = None if again is None else Rerun(again)
         return self.store.crash(self.row(claimed.key), evidence, verdict, rerun)
 
+    def split(self, claimed: Claimed, *parts: Part, evidence: Evidence | None = None, **more: Any) -> Settled:
+        """A run died, and its items are handed on. `evidence` is its own, where no part has it."""
+        return self.store.split(self.row(claimed.key), parts, evidence, **more)
+
     def row(self, key: ChildKey) -> ChildRow:
         row = self.store.child(key)
         assert row is not None
         return row
+
+    def at(self, batch_id: uuid.UUID, position: int) -> ChildRow:
+        return self.row(ChildKey(batch_id, position))
 
     def rows(self, batch_id: uuid.UUID) -> list[ChildRow]:
         return list(self.store.children(batch_id))
@@ -182,6 +211,19 @@ def counts(scene: Scene, batch_id: uuid.UUID) -> dict[str, int]:
     return {name: value for name, value in found.items() if value}
 
 
+def items_by_status(scene: Scene, batch_id: uuid.UUID) -> dict[str, list[str]]:
+    """Identifiers of all items, by the state of the child that has them now; checks that the tally agrees."""
+    found: dict[str, list[str]] = {}
+    for row in scene.rows(batch_id):
+        if row.status != Status.SPLIT:
+            found.setdefault(row.status, []).extend(row.items)
+    progress = scene.store.progress(batch_id)
+    assert progress.items_total == sum(map(len, found.values()))
+    for status in ("completed", "failed", "crashed", "cancelled"):
+        assert getattr(progress, f"items_{status}") == len(found.get(status, ())), status
+    return {status: sorted(names) for status, names in found.items()}
+
+
 def add_up(scene: Scene, batch_id: uuid.UUID) -> bool:
     """The counts add up, and are what the rows say."""
     counts(scene, batch_id)
@@ -189,12 +231,14 @@ def add_up(scene: Scene, batch_id: uuid.UUID) -> bool:
 
 
 @contextmanager
-def statements(engine: sa.Engine) -> Iterator[list[str]]:
+def statements(engine: sa.Engine, parameters: list[Any] | None = None) -> Iterator[list[str]]:
     """Every statement that this engine sends meanwhile, BEGIN included where it is sent as one."""
     sent: list[str] = []
 
-    def note(connection: Any, cursor: Any, statement: str, *more: Any) -> None:
+    def note(connection: Any, cursor: Any, statement: str, values: Any, *more: Any) -> None:
         sent.append(statement)
+        if parameters is not None:
+            parameters.append(values)
 
     event.listen(engine, "before_cursor_execute", note)
     try:
