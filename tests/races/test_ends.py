@@ -15,7 +15,7 @@ from celery_batchtrack.store import Store, schema
 from celery_batchtrack.store.clock import later, now
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.records import Ending
+from celery_batchtrack.vocabulary.records import Ending, Rerun
 from celery_batchtrack.vocabulary.states import Cause, EndReason, Status, Verdict
 from tests.races.rivals import Held, Rivals
 from tests.store.behaviour_kit import tracker_on
@@ -149,9 +149,9 @@ def test_a_crash_verdict_that_waited_for_the_settle_changes_nothing(
     assert scene.incidents(claimed.key.batch_id) == []
 
 
-@pytest.mark.parametrize("again", [None, 0.0], ids=["crashed", "runs again"])
+@pytest.mark.parametrize("again", [None, Rerun()], ids=["crashed", "runs again"])
 def test_a_settle_that_waited_for_an_observed_verdict_is_late(
-    scene: Scene, rivals: Rivals, hold: Hold, again: float | None
+    scene: Scene, rivals: Rivals, hold: Hold, again: Rerun | None
 ) -> None:
     claimed, judge = scene.run(scene.batch(1)), hold()
     rivals.start_held(judge, judge.crash, scene.row(claimed.key), SEGFAULT, Verdict.OBSERVED, again)

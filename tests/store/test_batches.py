@@ -10,7 +10,7 @@ import pytest
 from celery_batchtrack import errors
 from celery_batchtrack.store.clock import later
 from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
-from celery_batchtrack.vocabulary.records import Ending
+from celery_batchtrack.vocabulary.records import Ending, HeaderResult
 from celery_batchtrack.vocabulary.states import Cause, EndReason, Status, Verdict
 from tests.store.kit import Scene, add_up, counts, some
 
@@ -335,7 +335,9 @@ def test_results_come_in_header_order_whatever_the_order_of_their_ends(scene: Sc
     batch_id = scene.batch(4)
     for position in (3, 0, 2):
         scene.complete(scene.run(batch_id, position), result=f'"result {position}"')
-    assert list(scene.store.results(batch_id)) == ['"result 0"', '"result 2"', '"result 3"']
+    assert list(scene.store.results(batch_id)) == [
+        HeaderResult(0, ('"result 0"',)), HeaderResult(2, ('"result 2"',)), HeaderResult(3, ('"result 3"',)),
+    ]  # fmt: skip
 
 
 def test_children_and_results_are_whole_across_pages(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +345,7 @@ def test_children_and_results_are_whole_across_pages(scene: Scene, monkeypatch: 
     batch_id = scene.batch(5)
     for position in range(5):
         scene.complete(scene.run(batch_id, position), result=str(position))
-    assert list(scene.store.results(batch_id)) == ["0", "1", "2", "3", "4"]
+    assert list(scene.store.results(batch_id)) == [HeaderResult(each, (str(each),)) for each in range(5)]
     assert [row.position for row in scene.store.children(batch_id)] == [0, 1, 2, 3, 4]
     assert [row.position for row in scene.store.children(batch_id, statuses=("pending",))] == []
 

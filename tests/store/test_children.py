@@ -11,7 +11,7 @@ from celery_batchtrack.store import SlotTaken, Store
 from celery_batchtrack.store.clock import later
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
-from celery_batchtrack.vocabulary.records import Claimed, Ending, Release
+from celery_batchtrack.vocabulary.records import Claimed, Ending, Release, Rerun
 from celery_batchtrack.vocabulary.states import Cause, Status, Verdict
 from tests.store.kit import ERROR, RETRY, SEGFAULT, Scene, add_up, counts, refused, some, statements
 
@@ -376,11 +376,11 @@ def test_a_death_before_the_claim_uses_up_an_attempt(scene: Scene) -> None:
     scene.store.take_undispatched(batch_id, 10)
     row = scene.row(ChildKey(batch_id, 0))
     evidence = Evidence(Cause.SIGNAL, phase="before_claim", signal="SIGSEGV")
-    assert scene.store.crash_unclaimed(row, evidence, 0.0).written
+    assert scene.store.crash_unclaimed(row, evidence, Rerun()).written
     struck = scene.row(row.key)
     assert (struck.status, struck.attempt, struck.crashes, struck.dispatched_at) == ("pending", 1, 1, None)
     refused(scene.claim(row.key, attempt=0))
-    assert not scene.store.crash_unclaimed(row, evidence, 0.0).written, "one death, told twice"
+    assert not scene.store.crash_unclaimed(row, evidence, Rerun()).written, "one death, told twice"
     assert scene.store.crash_unclaimed(struck, evidence, None).written
     assert scene.row(row.key).status == "crashed"
     assert [(each.phase, each.attempt) for each in scene.incidents(batch_id)] == [
