@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from celery_batchtrack.vocabulary.evidence import application_frame, innermost_frames
+from celery_batchtrack.vocabulary.evidence import application_frame, frames
 
 #: Signals that faulthandler writes a stack for.
 FATAL = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL")
@@ -212,14 +212,14 @@ def parse(text: str) -> FatalStack | None:
         for each, end in zip(threads, ends, strict=True)
     ]
     blocks = _of_the_last_dump(blocks)
-    first = next((each for each in blocks if each[0]), None)
-    ordered = ([first] if first else []) + [each for each in blocks if each is not first]
+    struck = next((each for each in blocks if each[0]), None)
+    first = struck or blocks[-1]  # a thread that Python does not know: most likely the main thread waits for it
     head = [f"Fatal Python error: {what}"] if what else []
-    whole = "\n\n".join([*head, *(block for _, _, block in ordered)])
+    whole = "\n\n".join([*head, first[2], *(each[2] for each in blocks if each is not first)])
     return FatalStack(
-        whole[:_KEPT], application_frame(innermost_frames(whole)),
+        whole[:_KEPT], application_frame(frames(first[2])),
         next((name for known, name in _NAMES.items() if what and what.startswith(known)), None),
-        first[1] if first else None,
+        struck[1] if struck else None,
     )  # fmt: skip
 
 

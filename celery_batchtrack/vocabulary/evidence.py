@@ -132,7 +132,10 @@ class Frame:
 
 
 _LIBRARY = re.compile(r"^<|/(?:site|dist)-packages/|/lib/python3[^/]*/|/(?:celery|billiard|celery_batchtrack)/")
-_FRAME = re.compile(r'^ *File "(?P<path>[^"\n]*)", line (?P<line>\d+),? in (?P<function>[^\n]+?) *$', re.MULTILINE)
+#: Linear in any text, and within what `int` takes: messages with anything in them are searched too.
+_FRAME = re.compile(
+    r'^ *File "(?P<path>[^"\n]*)", line (?P<line>\d{1,9}),? in (?P<function>[^\n]*\S) *$', re.MULTILINE
+)
 
 
 def frames(text: str) -> list[Frame]:
