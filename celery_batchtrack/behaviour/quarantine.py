@@ -39,7 +39,7 @@ def _withheld(tracker: Tracker, out: Outgoing, register: _Register) -> bool:
     condemned = [] if items is None else list(_condemned(row.task, items, register))
     if items is None or not condemned:
         return False
-    told = [_evidence(register[row.task, item_hash(items.names[at], items.values[at])]) for at in condemned]
+    told = [_evidence(register[row.task, item_hash(items.names[at], items.values[at])], at) for at in condemned]
     if row.item_count == 1:
         settled = tracker.store.quarantine(row, told[0])
     else:
@@ -57,9 +57,9 @@ def _condemned(task: str, items: Items, register: _Register) -> Iterable[int]:
             yield at
 
 
-def _evidence(entry: QuarantinedItem) -> Evidence:
+def _evidence(entry: QuarantinedItem, index: int) -> Evidence:
     return Evidence(
-        Cause.QUARANTINED, phase="before_claim", item=entry.item, item_index=0, python_frame=entry.python_frame,
+        Cause.QUARANTINED, phase="before_claim", item=entry.item, item_index=index, python_frame=entry.python_frame,
         message=f"not sent: it killed {entry.deaths} times ({entry.signal or entry.cause}), last in batch "
         f"{entry.batch_id}#{entry.position}; `batchtrack quarantine release` lets it go",
     )  # fmt: skip
