@@ -69,7 +69,7 @@ class Peaks:
 def _cgroup_files(pid: int | str) -> set[Path]:
     """Files with the counters of the cgroup that a process is in."""
     found: set[Path] = set()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         for line in (_PROC / str(pid) / "cgroup").read_text().splitlines():
             number, controllers, path = line.split(":", 2)
             inside = path.lstrip("/")
@@ -85,7 +85,7 @@ def _cgroup_files(pid: int | str) -> set[Path]:
 
 
 def _count(path: Path) -> int | None:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         found = _COUNTER.search(path.read_text())
         return int(found[1]) if found else None
     return None
