@@ -1,8 +1,10 @@
-"""`make bench`: no-op children through a batch and through Celery's own chord, in one run.
+"""`make bench`: what it costs, in one run: an item of `each_item`, a child's decorator, no-op children through a batch
+and through Celery's own chord.
 
-Prints children per second from the call to the callback's result, and the statements that the tracking
-database executed, by kind (pg_stat_statements is not needed: the store's own engine counts in one process,
-and PostgreSQL's commit counter over all). Prints, never asserts: timings vary.
+Prints nanoseconds per item, microseconds per call in Celery's own tracer, children per second from the call to the
+callback's result, and the statements that the tracking database executed, by kind (pg_stat_statements is not needed:
+the store's own engine counts in one process, and PostgreSQL's commit counter over all). Prints, never asserts:
+timings vary.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
@@ -52,6 +55,89 @@ def _bytes_per_row(url: str) -> float:
     return value
 
 
+def _per_item(items: int) -> None:
+    """A loop over `each_item` in a child, less the same loop without it."""
+    from celery_batchtrack import each_item, note
+    from celery_batchtrack.behaviour.blackbox import Page
+    from celery_batchtrack.glue import tracked_task
+    from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
+    from tests import bench_app
+
+    docs = [{"db": "PMC", "id": f"PMC:{at}"} for at in range(items)]
+    bare = _best(lambda: _walk(docs))
+    with tempfile.TemporaryDirectory() as folder:
+        page = Page(Path(folder) / "bench.box")
+        page.enter(ChildKey(uuid7(), 0), new_token())
+        for label, task in (
+            ("item_id='id'", bench_app.by_key), ("item_id=('db', 'id')", bench_app.by_keys),
+            ("no item_id", bench_app.by_index),
+        ):  # fmt: skip
+            run = SimpleNamespace(page=page)
+            current = tracked_task.CurrentRun(run, task, bench_app.POLICY, (docs,), {})  # type: ignore[arg-type]
+            tracked_task._local.runs = [current]
+            ours = _best(lambda: _walk(each_item(docs)))
+            print(f"  each_item, {label:<23} {(ours - bare) / items * 1e9:8.0f} ns an item")
+        noted = _best(lambda: [note("tokenise") for _ in docs])
+        print(f"  note                               {noted / items * 1e9:8.0f} ns")
+        tracked_task._local.runs = []
+        page.close()
+
+
+def _walk(docs: Iterable[object]) -> None:
+    for _ in docs:
+        pass
+
+
+def _best(act: Callable[[], object], rounds: int = 5) -> float:
+    """Seconds of the quickest of some rounds: what disturbs only ever adds."""
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        act()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _per_call(children: int) -> None:
+    """One call in Celery's tracer, as a pool process makes it, without a broker."""
+    from celery import Celery
+    from celery.app.trace import build_tracer
+
+    from celery_batchtrack.glue.signatures import new_child
+    from celery_batchtrack.vocabulary.ids import HEADER, ChildKey, Ticket, uuid7
+    from celery_batchtrack.vocabulary.records import NewBatch
+    from tests import bench_app
+
+    plain = Celery("plain", set_as_current=False, broker="memory://")
+
+    def undecorated(number: int) -> int:
+        return number
+
+    bare = plain.task(undecorated, name="undecorated", ignore_result=True, shared=False)
+    plain.finalize()
+
+    def timed(task: Any, headers: Sequence[dict[str, Any]]) -> float:
+        tracer = build_tracer(task.name, task, app=task.app)
+        began = time.perf_counter()
+        for at, header in enumerate(headers):
+            tracer(str(at), (at,), {}, request={"ignore_result": True, **header})
+        return (time.perf_counter() - began) / len(headers) * 1e6
+
+    without = timed(bare, [{}] * children)
+    outside = timed(bench_app.nothing, [{}] * children)
+    tracker = bench_app.app.batchtrack.tracker
+    batch_id = uuid7()
+    signatures = [new_child(bench_app.app, bench_app.nothing.s(at), {}, "a child") for at in range(children)]
+    # Sealed without being sent: the messages are made here.
+    tracker.store.create(NewBatch(batch_id, "bench", "{}", {}), signatures, seal=True)
+    tickets = [Ticket(tracker.store_id, ChildKey(batch_id, at), 0).as_header() for at in range(children)]
+    inside = timed(bench_app.nothing, [{HEADER: ticket} for ticket in tickets])
+    bench_app.app.batchtrack.reset()
+    print(f"  undecorated task, no BatchTrack    {without:8.1f} us a call")
+    print(f"  tracked task outside a batch       {outside:8.1f} us a call")
+    print(f"  child of a batch                   {inside:8.1f} us a call   (claim and settle on PostgreSQL included)")
+
+
 def _round(children: int, database: str) -> None:
     from celery.canvas import chord as celery_chord
 
@@ -81,6 +167,10 @@ def main() -> None:
 
         BatchTrack.of(app).migrate()
         options = ("--concurrency", str(asked.concurrency), "--without-mingle", "--without-gossip")
+        print("black box: a loop over items, less the same loop without each_item")
+        _per_item(100_000)
+        print("in the process of the child")
+        _per_call(min(2000, asked.children))
         print(f"{asked.children} no-op children, prefork {asked.concurrency}, Redis + PostgreSQL")
         with ProcessWorker("tests.bench_app", *options, folder=Path(folder), env=dict(os.environ)):
             for number in range(1, asked.rounds + 1):

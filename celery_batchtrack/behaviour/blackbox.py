@@ -33,6 +33,7 @@ _MAGIC = b"BTK2"
 _SEQUENCE = struct.Struct("<Q")
 _RUN = struct.Struct("<B7x16sq16sdQQ")
 _ITEM = struct.Struct("<qqBxH")
+_ITEM_BEGIN = struct.Struct("<QqqBxH")  # an odd number first, then the item: fields are stored in order
 _NOTE = struct.Struct("<H")
 _SEQUENCE_AT, _RUN_AT = 8, 16
 _ITEM_SEQUENCE_AT, _ITEM_AT = 128, 136
@@ -183,13 +184,12 @@ class Page:
         page = self._map
         if page is None:
             return None
-        sequence, item = _SEQUENCE.pack_into, _ITEM.pack_into
+        sequence, begin = _SEQUENCE.pack_into, _ITEM_BEGIN.pack_into
 
         def write(index: int, identifier: bytes) -> None:
             self._item_sequence = number = self._item_sequence + 2
             length = len(identifier)
-            sequence(page, _ITEM_SEQUENCE_AT, number - 1)
-            item(page, _ITEM_AT, index, index, flags, length)
+            begin(page, _ITEM_SEQUENCE_AT, number - 1, index, index, flags, length)
             page[_IDENTIFIER_AT : _IDENTIFIER_AT + length] = identifier
             sequence(page, _ITEM_SEQUENCE_AT, number)
 
