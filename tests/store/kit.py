@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 from celery_batchtrack.store import Store, schema
+from celery_batchtrack.store.quarantine import count_kill
 from celery_batchtrack.vocabulary.evidence import Evidence, IncidentRow
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
 from celery_batchtrack.vocabulary.records import (
@@ -20,6 +21,7 @@ from celery_batchtrack.vocabulary.records import (
     Claimed,
     Ending,
     HostIdentity,
+    Killer,
     NewBatch,
     NewChild,
     NewWorker,
@@ -72,6 +74,10 @@ def part(*names: str, status: Status = Status.PENDING, evidence: Evidence | None
     """What becomes of some of a split child's items."""
     signature = None if status is Status.COMPLETED else documents(*names).signature
     return Part(names, len(names), signature, str(uuid.uuid4()), status, evidence, **more)
+
+
+def killer(item: str, after: int = 2, version: str = "1") -> Killer:
+    return Killer(item, f"hash of {item}", version, after)
 
 
 def killed(*names: str, evidence: Evidence = SEGFAULT) -> Part:
@@ -150,6 +156,14 @@ class Scene:
     def split(self, claimed: Claimed, *parts: Part, evidence: Evidence | None = None, **more: Any) -> Settled:
         """A run died, and its items are handed on. `evidence` is its own, where no part has it."""
         return self.store.split(self.row(claimed.key), parts, evidence, **more)
+
+    def kill(
+        self, item: str, *, after: int = 2, version: str = "1", task: str = "demo.task",
+        evidence: Evidence = SEGFAULT, key: ChildKey | None = None,
+    ) -> bool:  # fmt: skip
+        """Count one death of an item. Whether that put it into quarantine."""
+        with self.store.write() as connection:
+            return count_kill(connection, task, killer(item, after, version), key or ChildKey(uuid7(), 0), evidence)
 
     def row(self, key: ChildKey) -> ChildRow:
         row = self.store.child(key)

@@ -8,12 +8,13 @@ import re
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
@@ -21,11 +22,14 @@ from celery_batchtrack import errors
 from celery_batchtrack.store import Store, migrate, schema
 from celery_batchtrack.store.clock import now
 from celery_batchtrack.store.engine import Connected
-from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.states import Status
+from celery_batchtrack.store.quarantine import count_kill
+from celery_batchtrack.vocabulary.evidence import Evidence
+from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
+from celery_batchtrack.vocabulary.records import Killer
+from celery_batchtrack.vocabulary.states import Cause, Status
 from tests.helpers import free_port
 from tests.servers import PostgresServer
-from tests.store.kit import Scene, some
+from tests.store.kit import Scene, killed, part, some
 
 # -- migrated == declared --------------------------------------------------------------------------
 
@@ -114,13 +118,15 @@ def test_every_partial_index_of_the_design_has_its_predicate(store: Store) -> No
     assert store.store_id
     with store.engine.connect() as connection:
         found = _indexes(connection)
-    for name, part in {
+    for name, predicate in {
         "batchtrack_child_callback": "kind", "batchtrack_child_slot": "running", "batchtrack_child_open": "pending",
         "batchtrack_child_undispatched": "dispatched_at IS NULL",
         "batchtrack_child_dispatched": "dispatched_at IS NOT NULL",
         "batchtrack_batch_alive": "open", "batchtrack_worker_alive": "stopped_at",
+        "batchtrack_child_origin": "origin IS NOT NULL", "batchtrack_child_isolated": "isolated",
+        "batchtrack_incident_worker": "worker_lost", "batchtrack_quarantine_active": "quarantined_at IS NOT NULL",
     }.items():  # fmt: skip
-        assert re.search(rf"WHERE .*{part}", found[name]), found[name]
+        assert re.search(rf"WHERE .*{predicate}", found[name]), found[name]
     assert all("UNIQUE" in found[name] for name in ("batchtrack_child_callback", "batchtrack_child_slot"))
 
 
@@ -169,6 +175,15 @@ BAD_WORKERS: dict[str, dict[str, Any]] = {
 }
 
 
+BAD_QUARANTINE: dict[str, dict[str, Any]] = {
+    "less than no death": {"deaths": -1},
+    "a patience of nothing": {"quarantine_after": 0},
+    "in quarantine and released": {"released_at": now()},
+    "no item": {"item": None},
+    "no version": {"version": None},
+}
+
+
 @pytest.mark.parametrize("what", BAD_CHILDREN)
 def test_a_bad_child_is_refused(scene: Scene, what: str) -> None:
     batch_id = scene.batch(2)
@@ -189,14 +204,23 @@ def test_a_bad_worker_is_refused(scene: Scene, what: str) -> None:
         scene.set_worker(scene.worker_id, **BAD_WORKERS[what])
 
 
+@pytest.mark.parametrize("what", BAD_QUARANTINE)
+def test_a_bad_item_in_quarantine_is_refused(scene: Scene, what: str) -> None:
+    scene.kill("doc-1", after=1)
+    with pytest.raises(sa.exc.IntegrityError):
+        scene.execute(sa.update(schema.quarantine).values(**BAD_QUARANTINE[what]))
+
+
 def test_the_bad_rows_above_exercise_every_check_that_is_declared(scene: Scene) -> None:
     broken: set[str] = set()
     batch_id = scene.batch(2)
     key = ChildKey(batch_id, 0)
+    scene.kill("doc-1", after=1)
     for cases, forge in (
         (BAD_CHILDREN, lambda values: scene.set_child(key, **values)),
         (BAD_BATCHES, lambda values: scene.set_batch(batch_id, **values)),
         (BAD_WORKERS, lambda values: scene.set_worker(scene.worker_id, **values)),
+        (BAD_QUARANTINE, lambda values: scene.execute(sa.update(schema.quarantine).values(**values))),
         ({"a second row": {}}, lambda _: scene.execute(_second_meta())),
     ):
         for values in cases.values():
@@ -238,9 +262,10 @@ def test_deleting_a_batch_takes_everything_that_hangs_on_it(scene: Scene) -> Non
 
 
 def test_every_status_of_the_vocabulary_fits_the_table(scene: Scene) -> None:
-    """And a `split` row counts nowhere, as `verify` sees it."""
+    """And a `split` row counts nowhere, as `verify` sees it: its part does."""
     batch_id = scene.batch(2)
     scene.set_child(ChildKey(batch_id, 0), status=Status.SPLIT.value, finished_at=now())
+    scene.set_child(ChildKey(batch_id, 1), split_from=0, origin=0)
     table = schema.tally
     scene.execute(sa.update(table).where(table.c.shard == 0).values(total=0, items_total=0))
     assert scene.violations() == {}
@@ -278,7 +303,7 @@ def test_a_database_with_older_tables_is_refused_with_the_way_out(
     store: Store, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert store.store_id
-    monkeypatch.setattr(migrate, "_revisions", lambda: ("0002", {"0001", "0002"}))
+    monkeypatch.setattr(migrate, "_revisions", lambda: ("0003", {"0001", "0002", "0003"}))
     with pytest.raises(errors.SchemaOutdated, match="batchtrack migrate"):
         Store(database_url, auto_migrate=True).store_id
 
@@ -331,6 +356,144 @@ def test_several_processes_may_migrate_at_once(database_url: str) -> None:
     for store in stores:
         store.dispose()
     assert trouble == [] and len(set(seen)) == 1
+
+
+# -- from one version to the next ------------------------------------------------------------------
+
+#: Columns that a row of the first schema has not.
+_ADDED = {
+    "batchtrack_batch": {"pause_reason", "watch_crashes", "deaths", "crash_samples"},
+    "batchtrack_child": {"origin", "isolated", "rerouted"},
+    "batchtrack_incident": {
+        "exception", "stack", "python_frame", "fingerprint", "item", "item_index", "items_done", "note",
+        "peak_memory", "boot_id", "worker_id", "queue", "versions",
+    },
+}  # fmt: skip
+
+
+def _migrated(store: Store, revision: str, way: Callable[..., None] = command.upgrade) -> None:
+    settings = migrate.config()
+    with store.engine.begin() as connection:
+        settings.attributes["connection"] = connection
+        way(settings, revision)
+
+
+def _everything(store: Store) -> dict[str, list[dict[str, Any]]]:
+    """All rows, as the database itself has them."""
+    found = sa.MetaData()
+    with store.engine.connect() as connection:
+        found.reflect(connection)
+        return {
+            table.name: [dict(row._mapping) for row in connection.execute(table.select().order_by(*table.primary_key))]
+            for table in found.sorted_tables
+        }
+
+
+def _first_rows(store: Store, worker_id: uuid.UUID) -> uuid.UUID:
+    """A batch as the first schema knew it: a child of every kind of life, a callback, an incident."""
+    batch_id, token = uuid7(), uuid.uuid4()
+    child = {"batch_id": batch_id, "kind": "child", "shard": 0, "task": "demo.task", "created_at": now()}
+    life: list[dict[str, Any]] = [
+        {"status": "completed", "finished_at": now(), "result": '"done"', "attempt": 1, "items": ["a"]},
+        {"status": "running", "started_at": now(), "attempt": 2, "worker_id": worker_id, "slot": "1:1:1:0",
+         "run_token": token, "policy": {"on_crash": "retry", "process": True}, "items": ["b", "c"], "item_count": 2,
+         "signature": '{"task": "demo.task", "args": [["b", "c"]]}'},
+        {"status": "crashed", "finished_at": now(), "cause": "signal", "verdict": "observed", "attempt": 1,
+         "crashes": 1},
+        {"status": "pending", "dispatched_at": now(), "queue": "q", "items": ["d"]},
+        {"kind": "on_first_failure", "status": "pending", "item_count": 0},
+    ]  # fmt: skip
+    with store.engine.begin() as connection:
+        connection.execute(sa.insert(schema.worker).values(
+            id=worker_id, kind="worker", name="w@h", hostname="h", pid=1, pool="prefork", lease=15.0, version="0",
+            beat_at=now(), started_at=now(),
+        ))  # fmt: skip
+        connection.execute(sa.insert(schema.batch).values(
+            id=batch_id, name="old", status="running", options={"tolerance": 3}, callbacks="{}", start_now=False,
+            watch_failure=True, shards=1, next_position=len(life), created_at=now(), sealed_at=now(), started_at=now(),
+        ))  # fmt: skip
+        for position, values in enumerate(life):
+            row = {**child, "position": position, "task_id": f"t{position}", **values}
+            connection.execute(sa.insert(schema.child).values(**row))
+        connection.execute(sa.insert(schema.tally).values(
+            batch_id=batch_id, shard=0, total=4, completed=1, crashed=1, items_total=5, items_completed=1,
+            items_crashed=1,
+        ))  # fmt: skip
+        connection.execute(sa.insert(schema.incident).values(
+            id=uuid7(), batch_id=batch_id, position=2, attempt=1, outcome="crashed", cause="signal", phase="running",
+            signal="SIGSEGV", message="died", detected_by="main", detected_at=now(), died_at=now(),
+        ))  # fmt: skip
+    return batch_id
+
+
+def _without_added(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        table: [{name: value for name, value in row.items() if name not in _ADDED.get(table, ())} for row in found]
+        for table, found in rows.items()
+        if table not in ("batchtrack_quarantine", migrate.VERSION_TABLE)
+    }
+
+
+def test_rows_of_the_first_schema_are_kept_and_go_on_under_the_second(database_url: str) -> None:
+    store = Store(database_url, auto_migrate=False)
+    _migrated(store, "0001")
+    worker_id = uuid.uuid4()
+    batch_id = _first_rows(store, worker_id)
+    before = _everything(store)
+    assert "batchtrack_quarantine" not in before
+    with pytest.raises(errors.SchemaOutdated):
+        store.store_id
+    store.migrate()
+    after = _everything(store)
+    assert _without_added(after) == _without_added(before)
+    for table, names in _ADDED.items():
+        assert names == set(after[table][0]) - set(before[table][0]), table
+    scene = Scene(store, worker_id)
+    assert scene.violations() == {}
+    assert {(row.origin, row.isolated, row.rerouted) for row in scene.rows(batch_id)} == {(None, False, False)}
+    row = store.batch(batch_id)
+    assert row is not None and (row.paused_at, row.pause_reason) == (None, None)
+    (incident,) = store.incidents(batch_id)
+    assert (incident.signal, incident.fingerprint, incident.item) == ("SIGSEGV", None, None)
+    running = scene.at(batch_id, 1)
+    assert store.split(running, [killed("b"), part("c")], None).written, "what ran meanwhile may be split"
+    for position in (3, 6):
+        scene.complete(scene.run(batch_id, position))
+    finished = store.finish(batch_id)
+    assert finished is not None and finished.status == "partial"
+    assert scene.violations() == {}
+    store.dispose()
+
+
+def test_the_way_back_to_the_first_schema_keeps_what_it_knew(database_url: str) -> None:
+    store = Store(database_url, auto_migrate=False)
+    _migrated(store, "0001")
+    anatomy = _reflected(store)
+    _first_rows(store, uuid.uuid4())
+    before = _everything(store)
+    _migrated(store, "0002")
+    with store.write() as connection:
+        killer = Killer("doc-1", "hash", "1", 1)
+        count_kill(connection, "demo.task", killer, ChildKey(uuid7(), 0), Evidence(Cause.SIGNAL))
+    _migrated(store, "0001", command.downgrade)
+    assert _everything(store) == before
+    assert _reflected(store) == anatomy
+    _migrated(store, "head")
+    assert store.store_id and store.quarantine_list(all=True) == []
+    store.dispose()
+
+
+def _reflected(store: Store) -> dict[str, Any]:
+    """Columns, constraints and indexes that are really there."""
+    inspector = sa.inspect(store.engine)
+    tables = [name for name in inspector.get_table_names() if name != migrate.VERSION_TABLE]
+    with store.engine.connect() as connection:
+        indexes = _indexes(connection)
+    return {
+        "columns": {name: _columns(inspector, name) for name in tables},
+        "checks": {name: _checks(inspector, name) for name in tables},
+        "indexes": indexes,
+    }
 
 
 # -- databases that cannot be used -----------------------------------------------------------------

@@ -13,7 +13,7 @@ from celery_batchtrack.store import schema, verify
 from celery_batchtrack.store.clock import later, now
 from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.states import Verdict
-from tests.store.kit import Scene, some
+from tests.store.kit import SEGFAULT, SET_ASIDE, Scene, documents, done, killed, part, some
 
 ALL = ("on_success", "on_failure", "on_first_failure", "on_finish")
 
@@ -109,6 +109,65 @@ def a_completed_child_with_a_cause(scene: Scene) -> None:
 def a_crash_without_evidence(scene: Scene) -> None:
     scene.crash(scene.run(scene.batch(2)))
     scene.execute(sa.delete(schema.incident))
+
+
+def _split(scene: Scene) -> uuid.UUID:
+    """Two header positions, the first split into 2 (crashed) and 3; the latter split into 4 and 5."""
+    batch_id = scene.batch([documents("a", "b", "c"), documents("x")])
+    scene.split(scene.run(batch_id), killed("a"), part("b", "c"))
+    scene.split(scene.run(batch_id, 3), part("b"), part("c"), evidence=SEGFAULT)
+    return batch_id
+
+
+@breaks("split_hands_on_every_item")
+def an_item_that_was_lost_in_a_split(scene: Scene) -> None:
+    scene.set_child(ChildKey(_split(scene), 2), item_count=0)
+
+
+@breaks("split_hands_on_every_item")
+def an_item_that_was_doubled_in_a_split(scene: Scene) -> None:
+    scene.set_child(ChildKey(_split(scene), 5), item_count=2)
+
+
+@breaks("split_hands_on_every_item")
+def a_part_that_vanished(scene: Scene) -> None:
+    batch_id = _split(scene)
+    scene.execute(sa.delete(schema.child).where(schema.child.c.batch_id == batch_id, schema.child.c.position == 4))
+
+
+@breaks("split_hands_on_every_item")
+def a_split_child_without_any_part(scene: Scene) -> None:
+    scene.set_child(ChildKey(scene.batch(1), 0), status="split", finished_at=now())
+
+
+@breaks("parts_belong_to_a_split_child")
+def a_part_of_a_child_that_was_not_split(scene: Scene) -> None:
+    scene.set_child(ChildKey(_split(scene), 5), split_from=1)
+
+
+@breaks("parts_belong_to_a_split_child")
+def a_part_of_nobody(scene: Scene) -> None:
+    scene.set_child(ChildKey(_split(scene), 5), split_from=99)
+
+
+@breaks("parts_belong_to_a_split_child")
+def a_part_of_no_header_position(scene: Scene) -> None:
+    scene.set_child(ChildKey(_split(scene), 5), origin=None)
+
+
+@breaks("parts_belong_to_a_split_child")
+def a_part_that_takes_another_part_for_its_header_position(scene: Scene) -> None:
+    scene.set_child(ChildKey(_split(scene), 5), origin=3)
+
+
+@breaks("parts_belong_to_a_split_child")
+def a_part_of_another_header_position(scene: Scene) -> None:
+    scene.set_child(ChildKey(_split(scene), 5), origin=1)
+
+
+@breaks("parts_belong_to_a_split_child")
+def a_split_child_that_completed_after_all(scene: Scene) -> None:
+    scene.set_child(ChildKey(_split(scene), 3), status="completed", cause=None)
 
 
 @breaks("running_on_a_living_worker")
@@ -256,6 +315,16 @@ def healthy(scene: Scene) -> None:
     scene.crash(scene.run(busy, 3), again=0.0)
     scene.run(busy, 4)
     scene.store.stop(scene.worker())
+    _split(scene)
+    resumed = scene.batch([documents("a", "b")], calls=ALL, tolerance=1)
+    scene.split(scene.run(resumed), done("a"), killed("b"))
+    scene.store.finish(resumed)
+    aside = scene.batch([documents("a", "b"), documents("c")], options={"crash_rate": {"percent": 20, "window": 60}})
+    scene.store.split(
+        scene.at(aside, 0), [killed("a", evidence=SET_ASIDE), part("b")], None, claimed=False, death=False
+    )
+    scene.store.quarantine(scene.at(aside, 1), SET_ASIDE)
+    scene.store.pause(aside, "by hand")
 
 
 @contextmanager
