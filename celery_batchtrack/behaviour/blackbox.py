@@ -325,8 +325,8 @@ def _item(data: bytes) -> InHand | None:
         return None
     index, done, flags, length = _ITEM.unpack_from(data, _ITEM_AT)
     identifier = data[_IDENTIFIER_AT : _IDENTIFIER_AT + min(length, IDENTIFIER_SIZE)].decode("utf-8", "replace")
-    declared, promised = bool(flags & DECLARED), bool(flags & PROMISED)
-    return InHand(None if index == _NO_ITEM else index, done, identifier or None, declared, promised)
+    declared, promised, left = (bool(flags & flag) for flag in (DECLARED, PROMISED, LEFT))
+    return InHand(None if index == _NO_ITEM else index, done, identifier or None, declared, promised, left)
 
 
 def _note(data: bytes) -> str | None:

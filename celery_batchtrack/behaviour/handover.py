@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
 import json
 import re
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from celery_batchtrack import errors
 from celery_batchtrack.vocabulary.crash_policy import Action, RowPolicy
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.records import ChildRow, Killer, Part
@@ -32,12 +33,17 @@ class Items:
 
     def chosen(self, indices: Sequence[int], codec: Codec) -> tuple[tuple[str, ...], str]:
         """(identifiers, signature) of a child with these items only."""
-        signature = copy.deepcopy({**self.signature, "args": list(self.signature.get("args") or ())})
-        holder: Any = signature
-        for step in self.path[:-1]:
-            holder = holder[step]
-        holder[self.path[-1]] = [self.values[index] for index in indices]
+        signature = _with(self.signature, self.path, [self.values[index] for index in indices])
         return tuple(self.names[index] for index in indices), codec.dumps(signature)
+
+
+def _with(holder: Any, path: Sequence[str | int], value: Any) -> Any:
+    """A copy in which something else stands at the end of the path; the rest is shared, however deep it is."""
+    if not path:
+        return value
+    copied: Any = list(holder) if isinstance(holder, list | tuple) else dict(holder)
+    copied[path[0]] = _with(holder[path[0]], path[1:], value)
+    return copied
 
 
 def items_of(row: ChildRow, path: Sequence[str | int] | None, codec: Codec) -> Items | None:
@@ -49,7 +55,7 @@ def items_of(row: ChildRow, path: Sequence[str | int] | None, codec: Codec) -> I
         found: Any = signature
         for step in path:
             found = found[step]
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, RecursionError):
         return None
     if not isinstance(found, list | tuple) or len(found) != len(row.items) or len(found) != row.item_count:
         return None
@@ -61,13 +67,12 @@ def item_hash(name: str, value: Any) -> str:
     none of its own."""
     told = name
     if _BY_INDEX.fullmatch(name):
-        told = "=" + json.dumps(value, sort_keys=True, default=str)
+        with contextlib.suppress(ValueError, RecursionError):  # nested too deep: its index is all there is
+            told = "=" + json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(told.encode("utf-8", "replace")).hexdigest()[:32]
 
 
-def killer_of(
-    row: ChildRow, policy: RowPolicy, evidence: Evidence, version: str | None, codec: Codec
-) -> Killer | None:
+def killer_of(row: ChildRow, policy: RowPolicy, evidence: Evidence, version: str | None, codec: Codec) -> Killer | None:
     """The item that this death is blamed on, if it is known and its task counts such deaths."""
     if policy.quarantine_after is None:
         return None
@@ -98,6 +103,15 @@ def cut(
     items = items_of(row, policy.items, codec)
     if items is None:
         return None
+    try:
+        return _cut(items, action, evidence, codec, isolated, queue)
+    except (errors.NotSerialisable, RecursionError):  # nested so deep that it was only just readable
+        return None
+
+
+def _cut(
+    items: Items, action: Action, evidence: Evidence, codec: Codec, isolated: bool, queue: str | None
+) -> Cut | None:
     count, index = len(items.values), evidence.item_index
 
     def part(indices: Sequence[int], status: Status = Status.PENDING, told: Evidence | None = None) -> Part:
