@@ -38,8 +38,9 @@ def child(**changed: Any) -> ChildRow:
     values: dict[str, Any] = {
         "batch_id": uuid7(), "position": 3, "kind": "child", "ordinal": 0, "round": 1, "shard": 3,
         "task": "shop.annotate", "task_id": str(uuid.uuid4()), "status": "running", "cause": None,
-        "verdict": None, "attempt": 1, "run_token": TOKEN, "crashes": 0, "retries": 0, "dispatches": 1, "split_from": None, "origin": None,
-        "isolated": False, "rerouted": False, "policy": None, "items": list(DOCS), "item_count": 4,
+        "verdict": None, "attempt": 1, "run_token": TOKEN, "crashes": 0,
+        "retries": 0, "dispatches": 1, "split_from": None, "origin": None, "isolated": False, "rerouted": False,
+        "policy": None, "items": list(DOCS), "item_count": 4,
         "signature": json.dumps({"task": "shop.annotate", "args": [documents, "fast"], "kwargs": {"trace": True}}),
         "result": None, "worker_id": uuid.uuid4(), "slot": slot_name(), "queue": None, "dispatched_at": None,
         "not_before": None, "expires_at": None, "created_at": datetime.now(UTC), "started_at": datetime.now(UTC),
