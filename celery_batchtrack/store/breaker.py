@@ -64,10 +64,16 @@ def _begun(watched: Watched, present: Sample) -> list[Sample]:
 
 
 def _present(connection: sa.Connection, batch_id: uuid.UUID, deaths: int) -> Sample:
+    # Parts that were done in a run that died are no runs; they were never sent.
+    done = sa.select(sa.func.count()).where(
+        child.c.batch_id == batch_id, child.c.origin.is_not(None), child.c.status == Status.COMPLETED.value,
+        child.c.dispatches == 0,
+    )  # fmt: skip
     row = connection.execute(
-        sa.select(now(), sa.func.sum(tally.c.completed + tally.c.failed)).where(tally.c.batch_id == batch_id)
-    ).one()
-    return Sample(row[0].timestamp(), int(row[1] or 0), deaths)
+        sa.select(now(), sa.func.sum(tally.c.completed + tally.c.failed), done.scalar_subquery())
+        .where(tally.c.batch_id == batch_id)
+    ).one()  # fmt: skip
+    return Sample(row[0].timestamp(), int(row[1] or 0) - int(row[2]), deaths)
 
 
 class Pausing(Connected):
