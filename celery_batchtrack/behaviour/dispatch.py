@@ -72,13 +72,16 @@ def redispatch(tracker: Tracker, *, worker_lost: bool = False) -> int:
     """
     after = min(AFTER_A_LOSS, tracker.settings.redispatch_after) if worker_lost else tracker.settings.redispatch_after
     keys: list[ChildKey] = []
+    lost: set[ChildKey] = set()
     for where in tracker.store.overdue_queues(after):
         empty = tracker.publisher.queue_length(*where) == 0
         due_after = after if empty else tracker.settings.redispatch_wait
         for waited, dispatches, key in tracker.store.overdue(where, due_after):
             if (worker_lost and empty) or waited >= _patience(tracker, dispatches, empty=empty):
                 keys.append(key)
-    taken = tracker.store.take_again(keys, after)
+                if empty:
+                    lost.add(key)
+    taken = tracker.store.take_again(keys, after, lost)
     failures, count, withheld = _send(tracker, taken)
     tracker.store.give_back([each.message.row for each in failures if not each.final])
     for batch_id, again in Counter(each.child.batch_id for each in taken).items():

@@ -14,6 +14,8 @@ from .tracker import Tracker
 
 #: At most so many children are named; the counts are always whole.
 NAMED = 100
+#: Incidents that say nothing of how a child ended.
+_BESIDE = (Cause.LATE_WRITE, Cause.LOST_MESSAGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ def build(tracker: Tracker, batch_id: uuid.UUID) -> Report:
         incidents = {
             each.position: each
             for each in store.incidents(batch_id, limit=10 * NAMED)
-            if each.outcome != Cause.LATE_WRITE  # it says nothing of how the child ended
+            if each.cause not in _BESIDE and each.outcome not in _BESIDE
         }
         named = [_unhappy(child, incidents.get(child.position)) for child in children]
     return Report(progress, row.reason if row else None, named, unhappy_count - len(named))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import sqlalchemy as sa
 
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Outgoing
-from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, BatchStatus, Kind, Status
+from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, BatchStatus, Cause, Kind, Status
 
 from .clock import age, later, now
 from .engine import Connected
+from .incidents import Attempt, record
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
 from .schema import batch, child
 
@@ -103,15 +105,18 @@ class Dispatching(Connected):
         with self.read() as connection:
             return [child_row(row) for row in connection.execute(query)]
 
-    def take_again(self, keys: Iterable[ChildKey], after: float) -> list[Outgoing]:
-        """Take these rows for another publish, if nobody else has published them meanwhile."""
+    def take_again(self, keys: Iterable[ChildKey], after: float, lost: Container[ChildKey] = ()) -> list[Outgoing]:
+        """Take these rows for another publish, if nobody else has published them meanwhile. Of those in `lost` the
+        message is gone, as far as can be told: that is an incident."""
         taken: list[Outgoing] = []
         for batch_id, positions in _by_batch(keys).items():
             wanted = sa.and_(child.c.position.in_(positions), child.c.dispatched_at <= later(-after))
-            taken += self._take(batch_id, wanted, len(positions))
+            taken += self._take(batch_id, wanted, len(positions), lost)
         return taken
 
-    def _take(self, batch_id: uuid.UUID, wanted: sa.ColumnElement[bool], limit: int) -> list[Outgoing]:
+    def _take(
+        self, batch_id: uuid.UUID, wanted: sa.ColumnElement[bool], limit: int, lost: Container[ChildKey] = ()
+    ) -> list[Outgoing]:
         """Stamp rows of one batch: callbacks of its round first, then children, if it lets them run.
 
         The batch is read first and not joined: joined, every chunk would sort all that is left.
@@ -126,6 +131,9 @@ class Dispatching(Connected):
             if _lets_children_run(owner) and len(rows) < limit:
                 header = sa.and_(wanted, child.c.kind == Kind.CHILD.value)
                 rows += _stamp(connection, batch_id, header, limit - len(rows))
+            for row in rows:
+                if row.key in lost:
+                    record(connection, Attempt.of(row), "redispatched", _lost(row))
         return [Outgoing(row, owner) for row in rows]
 
     def postpone(self, key: ChildKey, attempt: int, delay: float) -> bool:
@@ -153,6 +161,13 @@ class Dispatching(Connected):
                     )
                     .values(dispatched_at=None)
                 )  # fmt: skip
+
+
+def _lost(row: ChildRow) -> Evidence:
+    return Evidence(
+        Cause.LOST_MESSAGE, phase="before_claim",
+        message=f"nobody claimed it and its queue is empty: published for the {row.dispatches}. time",
+    )  # fmt: skip
 
 
 def _lets_children_run(row: BatchRow) -> bool:

@@ -193,7 +193,7 @@ class Queries(Connected):
             .where(
                 child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
                 child.c.status.in_([Status.FAILED.value, Status.CRASHED.value, Status.CANCELLED.value]),
-                incident.c.outcome != "retried",
+                incident.c.outcome.not_in(["retried", "redispatched"]),
             )
             .order_by(child.c.finished_at, child.c.position, incident.c.detected_at.desc())
             .limit(1)

@@ -83,7 +83,7 @@ class IncidentRow:
     task: str
     task_id: str
     attempt: int
-    outcome: str  # what became of the row: its status, `retried`, or `late_write`
+    outcome: str  # what became of the row: its status, `retried`, `redispatched`, or `late_write`
     cause: str
     phase: str
     items: list[str]
