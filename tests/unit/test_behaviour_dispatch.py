@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from celery_batchtrack.behaviour import dispatch, finish, report
+from celery_batchtrack.behaviour.handover import item_hash
 from celery_batchtrack.store import Store
 from celery_batchtrack.store.clock import later
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.records import NewBatch
-from celery_batchtrack.vocabulary.states import EndReason
+from celery_batchtrack.vocabulary.records import Killer, NewBatch, NewChild
+from celery_batchtrack.vocabulary.states import EndReason, Verdict
 from tests.store.behaviour_kit import Told, tracker_on
-from tests.store.kit import HERE, Scene, counts, some
+from tests.store.kit import HERE, SEGFAULT, Scene, add_up, counts, refused, some
 
 ALL = ("on_success", "on_failure", "on_first_failure", "on_finish")
 
@@ -172,6 +175,72 @@ def test_after_the_loss_of_a_worker_an_empty_queue_alone_says_enough(scene: Scen
     assert dispatch.redispatch(tracker) == 0
     assert dispatch.redispatch(tracker, worker_lost=True) == 1
     assert tracker.outbox.published() == [ChildKey(lost, 0)] and waiting
+
+
+def test_a_message_that_seems_lost_is_an_incident_but_no_death(scene: Scene, tracker: Told) -> None:
+    lost, waiting = _published(scene, tracker, 31), _published(scene, tracker, 700, queue="full")
+    tracker.outbox.lengths = {"full": 5}
+    assert dispatch.redispatch(tracker) == 2
+    (incident,) = scene.incidents(lost)
+    assert (incident.cause, incident.outcome, incident.phase) == ("lost_message", "redispatched", "before_claim")
+    assert scene.incidents(waiting) == [], "one that waits behind others is not lost"
+    assert scene.store.incidents(crashes_only=True) == []
+    scene.crash(scene.run(lost))
+    (unhappy,) = report.build(tracker, lost).unhappy
+    assert unhappy.signal == "SIGSEGV"
+
+
+# -- the ladder, from outside ----------------------------------------------------------------------
+
+SKIP = {
+    "on_crash": "skip", "max_crashes": 3, "process": True, "worker": True, "time_limit": True, "items": ["args", 0],
+    "merge": "sum",
+}  # fmt: skip
+
+
+def _child_with(*items: str) -> NewChild:
+    call = {"args": [list(items)], "kwargs": {}}
+    return NewChild("demo.task", str(uuid.uuid4()), json.dumps(call), items, len(items))
+
+
+def test_quarantined_items_are_withheld_at_the_first_publish_and_again(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch([_child_with("a", "bad", "c"), _child_with("bad"), _child_with("d")], tolerance=3)
+    policy = {**SKIP, "quarantine_after": 1}
+    tracker.policy_of = lambda row, batch: RowPolicy.from_option(policy)
+    killer = Killer("bad", item_hash("bad", "bad"), "", 1)
+    first = scene.batch([_child_with("bad")])
+    scene.store.crash(scene.row(scene.run(first).key), SEGFAULT, Verdict.OBSERVED, None, killer)
+    dispatch.pump(tracker, batch_id)
+    sent = [message.row for message in tracker.outbox.sent if message.row.batch_id == batch_id]
+    assert sorted(row.items for row in sent) == [["a", "c"], ["d"]]
+    assert counts(scene, batch_id) == {"pending": 2, "crashed": 2}
+    assert {event.items for event in tracker.of(events.Withheld)} == {("bad",)}
+    (released,) = scene.store.release_from_quarantine(items=["bad"])
+    assert released.state == "released"
+    assert add_up(scene, batch_id)
+
+
+def test_a_version_of_the_application_has_a_quarantine_of_its_own(scene: Scene, tracker: Told) -> None:
+    tracker.policy_of = lambda row, batch: RowPolicy.from_option({**SKIP, "quarantine_after": 1})
+    tracker.settings = replace(tracker.settings, app_version="2")
+    first = scene.batch([_child_with("bad")])
+    killer = Killer("bad", item_hash("bad", "bad"), "1", 1)
+    scene.store.crash(scene.row(scene.run(first).key), SEGFAULT, Verdict.OBSERVED, None, killer)
+    batch_id = scene.batch([_child_with("bad")])
+    assert dispatch.pump(tracker, batch_id) == 1
+
+
+def test_a_paused_batch_sends_nothing_until_it_is_resumed(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch(2)
+    dispatch.pump(tracker, batch_id)
+    tracker.outbox.sent.clear()
+    assert finish.pause(tracker, batch_id, "for lunch") and not finish.pause(tracker, batch_id)
+    assert dispatch.pump(tracker, batch_id) == 0
+    assert "paused" in refused(scene.claim(ChildKey(batch_id, 0))).reason, "and a message on its way is dropped"
+    assert finish.resume(tracker, batch_id) and not finish.resume(tracker, batch_id)
+    assert len(tracker.outbox.sent) == 2, "refused messages are gone: both are sent again"
+    assert [event.reason for event in tracker.of(events.BatchPaused)] == ["for lunch"]
+    assert len(tracker.of(events.BatchResumed)) == 1
 
 
 # -- what callbacks are given ----------------------------------------------------------------------
