@@ -16,7 +16,7 @@ def of_batch(tracker: Tracker, batch_id: uuid.UUID) -> Iterator[Any]:
     """In header order. Positions of which nothing completed are left out; of a split one, the parts that completed
     are merged as its task says.
 
-    Errors: ValueError or TypeError where results cannot be merged so.
+    Errors: ValueError where results cannot be merged so.
     """
     for result in tracker.store.results(batch_id):
         yield merged(result, tracker.codec.loads)
@@ -31,7 +31,13 @@ def merged(result: HeaderResult, loads: Callable[[str], Any]) -> Any:
         return values[0] if values else None
     if not values or result.merge is None:
         return None
-    return _merge(result.merge)(values)
+    try:
+        return _merge(result.merge)(values)
+    except Exception as error:  # a callable of the application may raise anything: it must not stop the publishing
+        raise ValueError(
+            f"the parts of header position {result.position} cannot be merged by merge={result.merge!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _merge(how: str) -> Callable[[list[Any]], Any]:

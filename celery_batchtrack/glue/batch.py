@@ -271,9 +271,12 @@ class Batch:
             return
         if progress is None:
             raise errors.BatchTimeout(f"batch {self.id} has ended, but its callbacks have not after {timeout:g} s")
+        row = self._extension.store.batch(self.id)
+        paused = row is not None and row.paused_at is not None
         raise errors.BatchTimeout(
             f"batch {self.id} has not ended after {timeout:g} s: {progress.pending} children pending, "
-            f"{progress.running} running; it goes on"
+            f"{progress.running} running; "
+            + (f"it is paused ({row.pause_reason}): resume() it" if row is not None and paused else "it goes on")
         )
 
     def _callback_rows(self) -> list[ChildRow]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from celery_batchtrack.behaviour import dispatch, finish, report
+from celery_batchtrack.behaviour import dispatch, finish, recovery, report
 from celery_batchtrack.behaviour.handover import item_hash
 from celery_batchtrack.store import Store
 from celery_batchtrack.store.clock import later
@@ -241,6 +241,23 @@ def test_a_paused_batch_sends_nothing_until_it_is_resumed(scene: Scene, tracker:
     assert len(tracker.outbox.sent) == 2, "refused messages are gone: both are sent again"
     assert [event.reason for event in tracker.of(events.BatchPaused)] == ["for lunch"]
     assert len(tracker.of(events.BatchResumed)) == 1
+
+
+def test_a_merge_that_raises_fails_the_body_and_holds_up_nobody(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch([_child_with("a", "bad", "c")], tolerance=3, calls=("on_success",))
+    row = scene.row(scene.run(batch_id, policy={**SKIP, "merge": f"{__name__}:out_of_order"}).key)
+    evidence = replace(SEGFAULT, item="bad", item_index=1)
+    assert recovery.run_died(tracker, row, evidence, Verdict.OBSERVED)
+    scene.complete(scene.run(batch_id, 2), "2")
+    finish.look(tracker, batch_id)
+    (callback,) = scene.store.callback_rows(batch_id)
+    assert (callback.status, callback.cause) == ("failed", "not_sent")
+    (incident,) = [each for each in scene.incidents(batch_id) if each.position == callback.position]
+    assert "position 0" in (incident.message or "") and "KeyError: 'order'" in (incident.message or "")
+
+
+def out_of_order(parts: list[int]) -> int:
+    raise KeyError("order")
 
 
 # -- what callbacks are given ----------------------------------------------------------------------
