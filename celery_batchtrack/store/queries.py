@@ -161,12 +161,15 @@ class Queries(Connected):
 
     def incidents(
         self, batch_id: uuid.UUID | None = None, *, outcomes: Sequence[str] = (), crashes_only: bool = False,
-        since: float | None = None, limit: int | None = None, position: int | None = None,
+        since: float | None = None, limit: int | None = None, position: int | None = None, stacks: bool = True,
     ) -> list[IncidentRow]:  # fmt: skip
         """Incidents, oldest first. `crashes_only`: deaths, those included after which a child ran again;
-        `since`: not older than that many seconds; `position`: of one child of the batch."""
-        of_child: dict[str, Any] = {"task": child.c.task, "task_id": child.c.task_id, "items": child.c["items"]}
-        columns = [of_child[name] if name in of_child else incident.c[name] for name in IncidentRow.__slots__]
+        `since`: not older than that many seconds; `position`: of one child of the batch; without `stacks`, those
+        and tracebacks (20 kB each) are left out."""
+        special: dict[str, Any] = {"task": child.c.task, "task_id": child.c.task_id, "items": child.c["items"]}
+        if not stacks:
+            special.update(stack=sa.null().label("stack"), traceback=sa.null().label("traceback"))
+        columns = [special[name] if name in special else incident.c[name] for name in IncidentRow.__slots__]
         query = sa.select(*columns).join(
             child, sa.and_(child.c.batch_id == incident.c.batch_id, child.c.position == incident.c.position)
         )

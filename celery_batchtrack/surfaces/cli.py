@@ -58,7 +58,7 @@ def list_(ctx: click.Context, statuses: tuple[str, ...], name: str | None, limit
 def show(ctx: click.Context, id: str, as_json: bool) -> None:
     """One batch: counts, callbacks, and what did not complete."""
     store = store_of(ctx)
-    found = views.batch_in_full(store, store.resolve(id))
+    found = views.batch_in_full(store, store.resolve(id), stacks=as_json)
     if as_json:
         put(jsonio.dumps(found, indent=2) + "\n")
     else:
@@ -236,7 +236,7 @@ def cancel(ctx: click.Context, id: str, terminate: bool, as_json: bool) -> None:
 def pause(ctx: click.Context, id: str, as_json: bool) -> None:
     """Start no more children of a batch.
 
-    What runs goes on, and so does the rest after `resume`.
+    What runs goes on, what waits goes on waiting until `resume`.
     """
     from celery_batchtrack.behaviour import finish
 

@@ -70,7 +70,8 @@ def crashes(
     if by is not None:
         _crash_groups(ctx, by, batch_id, since, limit, as_json)
         return
-    found = [views.incident(row) for row in store.incidents(batch_id, crashes_only=True, since=since, limit=limit)]
+    rows = store.incidents(batch_id, crashes_only=True, since=since, limit=limit, stacks=as_json)
+    found = [views.incident(row) for row in rows]
     if as_json:
         put_json(found)
     else:
@@ -113,10 +114,13 @@ def _parts(store: Store, row: ChildRow) -> str:
 @command("stack")
 @click.argument("id", metavar="BATCH")
 @click.argument("position", type=_POSITION)
-@click.option("--attempt", type=click.IntRange(1), help="Of this attempt; by default of the newest that has a stack.")
+@click.option("--attempt", type=click.IntRange(0), help="Of this attempt; by default of the newest that has a stack.")
 @as_json
 def stack(ctx: click.Context, id: str, position: int, attempt: int | None, as_json: bool) -> None:
-    """How a child died or failed: all that is known, with its Python stack or traceback."""
+    """How a child died or failed, and its Python stack.
+
+    All that is known of one attempt; for an exception, with its traceback.
+    """
     store = store_of(ctx)
     batch_id = store.resolve(id)
     row = _child(store, batch_id, position)
@@ -187,7 +191,7 @@ def repro_(
         script = repro.write(folder, app, row, incident, call)
     except OSError as error:
         raise click.UsageError(f"cannot write {folder}: {error} (--output names another folder)", ctx) from error
-    made = repro.as_mapping(row, script.absolute() if as_json else script, call)
+    made = repro.as_mapping(row, script.absolute() if as_json else script, call, incident)
     _tell_repro(ctx, made, script, incident, at_once, as_json)
 
 

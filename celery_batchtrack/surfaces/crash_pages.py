@@ -104,8 +104,8 @@ def dossier(screen: Screen, one: Object, batch: str, others: Sequence[int] = ())
         ("frame", [one["python_frame"]]),
         ("memory", [one["peak_memory"] and f"peak {size(one['peak_memory'])}"]),
         ("where", _where(one)),
-        ("versions", [f"{name} {version}" for name, version in (one["versions"] or {}).items()]),
-        ("died", _when(one)),
+        ("versions", [f"{name} {version}" for name, version in sorted((one["versions"] or {}).items())]),
+        ("died" if one["detected_by"] else "when", _when(one)),
         ("group", [one["fingerprint"] and f"fingerprint {one['fingerprint']}"]),
         ("also", [f"attempt {', '.join(map(str, others))}: see --attempt"] if others else []),
     ):
@@ -197,6 +197,8 @@ def repro_page(screen: Screen, made: Object) -> Iterator[str]:
     for label, text in (
         ("arguments", f"{made['arguments']}   {made['what']}"),
         ("script", f"{made['script']}   runs {made['task']} outside Celery, under faulthandler"),
+        ("mind", made["caution"]),
         ("run", made["command"]),
     ):
-        yield screen.printable(f"{label:<9}  {clean(text)}")
+        if text:
+            yield screen.printable(f"{label:<9}  {clean(text)}")

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from celery_batchtrack import errors
 from celery_batchtrack.surfaces.pages import how_it_died, moment, short, some
+from celery_batchtrack.surfaces.render import size
 from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.evidence import IncidentRow
-from celery_batchtrack.vocabulary.states import Kind
+from celery_batchtrack.vocabulary.states import Cause, Kind
 
 if TYPE_CHECKING:
     from celery_batchtrack.glue.extension import BatchTrack
@@ -185,6 +186,7 @@ def main():
     faulthandler.enable()  # at once: importing the application may be what kills
     if hasattr(signal, "SIGQUIT"):
         faulthandler.register(signal.SIGQUIT, chain=True)
+    sys.stdout.reconfigure(errors="backslashreplace")
     here = Path(__file__).resolve().parent
     find_modules(here)
     task = find_task()
@@ -241,7 +243,13 @@ if __name__ == "__main__":
 
 def run(script: Path, *, output: int | None = None) -> int:
     """Run the script; its exit code, minus the number of the signal that killed it. `output`: where it prints to."""
-    return subprocess.run([sys.executable, str(script)], stdout=output, check=False).returncode
+    quit_ = getattr(signal, "SIGQUIT", None)  # by Ctrl-\\, for the script alone
+    before = signal.signal(quit_, lambda *_: None) if quit_ is not None else None
+    try:
+        return subprocess.run([sys.executable, str(script)], stdout=output, check=False).returncode
+    finally:
+        if quit_ is not None:
+            signal.signal(quit_, before)
 
 
 def how_it_ended(code: int) -> str:
@@ -275,12 +283,24 @@ def incident_of(incidents: Sequence[IncidentRow]) -> IncidentRow | None:
     return next((found[-1] for found in (known, deaths, standing) if found), None)
 
 
-def as_mapping(row: ChildRow, script: Path, call: Call) -> dict[str, Any]:
+def caution(incident: IncidentRow | None) -> str | None:
+    """What to mind before it is run again, from how it died."""
+    cause = None if incident is None else incident.cause
+    if incident is not None and cause == Cause.OOM:
+        peak = f" (it had {size(incident.peak_memory)})" if incident.peak_memory else ""
+        return f"it died of memory{peak}: run it where that harms nobody"
+    if cause in (Cause.TIME_LIMIT, Cause.SOFT_TIME_LIMIT, Cause.STALLED):
+        return "it was ended by a time-out, which the script does not have: Ctrl-\\ ends it and shows where it is"
+    return None
+
+
+def as_mapping(row: ChildRow, script: Path, call: Call, incident: IncidentRow | None) -> dict[str, Any]:
     folder = script.parent
     return {
         "batch_id": row.batch_id, "position": row.position, "task": row.task, "folder": str(folder),
         "arguments": str(folder / ARGUMENTS), "script": str(script), "command": command_for(script),
-        "what": call.what, "item": call.item, "item_index": call.item_index, "returncode": None, "ended": None,
+        "what": call.what, "item": call.item, "item_index": call.item_index, "caution": caution(incident),
+        "returncode": None, "ended": None,
     }  # fmt: skip
 
 

@@ -68,12 +68,12 @@ def batches(store: Store, ids: Sequence[uuid.UUID]) -> Iterator[dict[str, Any]]:
                 yield batch(progress, rows[progress.batch_id])
 
 
-def batch_in_full(store: Store, batch_id: uuid.UUID) -> dict[str, Any]:
-    """A batch with its callbacks, its newest incidents, and its children by status."""
+def batch_in_full(store: Store, batch_id: uuid.UUID, *, stacks: bool = True) -> dict[str, Any]:
+    """A batch with its callbacks, its newest incidents (with their stacks or not), and its children by status."""
     found = next(batches(store, [batch_id]), None)
     if found is None:
         raise errors.BatchNotFound(f"batch {batch_id} is gone from {store.shown_url}")
-    incidents = store.incidents(batch_id, limit=SHOWN_INCIDENTS + 1)
+    incidents = store.incidents(batch_id, limit=SHOWN_INCIDENTS + 1, stacks=stacks)
     return {
         **found,
         "split": store.split_count(batch_id),

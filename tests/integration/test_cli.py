@@ -2,228 +2,44 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from celery import Celery
-from celery.bin.base import CLIContext
-from click.testing import CliRunner, Result
 
 from celery_batchtrack import Batch, BatchTrack, tracked
 from celery_batchtrack.behaviour import hosts
-from celery_batchtrack.store import Store, schema
+from celery_batchtrack.store import schema
 from celery_batchtrack.surfaces import pages, views
-from celery_batchtrack.surfaces.cli import batchtrack
 from celery_batchtrack.surfaces.render import Column, Screen, Table, bar, clean, cut, duration, width
-from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
-from celery_batchtrack.vocabulary.records import ChildRow, Ending, HostIdentity, NewBatch, NewChild, NewWorker
-from celery_batchtrack.vocabulary.states import Cause, Detector, Status, Verdict
+from celery_batchtrack.vocabulary.records import NewBatch
+from celery_batchtrack.vocabulary.states import Detector
 from tests.helpers import ROOT, eventually, free_port
+from tests.integration.cli_kit import (
+    ESCAPES,
+    HOSTILE,
+    SHOP,
+    Run,
+    Seeds,
+    Shell,
+    app_of,
+    error,
+    invoke,
+    make_app,
+    shell_in,
+)
 
-HOSTILE = "\x1b[31mred\x1b[0m \x1b]0;owned\x07 \x9b2J tab\tnew\nline \u202eesrever\u2066 \x00 end"
-ESCAPES = ("\x1b", "\x9b", "\x07", "\x00", "\u202e", "\u2066")
 COUNTS = ("total", "pending", "running", "completed", "failed", "crashed", "cancelled")
-
-
-# -- rows -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Seeds:
-    """Rows in every state, made the way that workers make them."""
-
-    store: Store
-
-    def batch(self, name: str = "upload", children: int = 2, *, id: uuid.UUID | None = None) -> uuid.UUID:
-        callback = {"task": "shop.done", "task_id": str(uuid.uuid4()), "signature": "{}"}
-        new = NewBatch(
-            id=id or uuid7(), name=name, callbacks=json.dumps({"on_finish": [callback]}),
-            options={"tolerance": "100%"}, parent_task="shop.start", parent_task_id="5c1e", shards=2,
-        )  # fmt: skip
-        rows = [
-            NewChild("shop.parse", str(uuid.uuid4()), "{}", (f"PMC:{at}", f"DOI:{at}"), 2, queue="celery")
-            for at in range(children)
-        ]
-        self.store.create(new, rows, seal=True)
-        return new.id
-
-    def worker(self, name: str = "w1@here", pid: int = 4242, host: HostIdentity | None = None) -> uuid.UUID:
-        host = host or HostIdentity("elsewhere", "another-boot", "another-namespace")
-        new = NewWorker(uuid.uuid4(), "worker", name, host, pid, 1, "prefork", 15.0, "0")
-        self.store.register(new)
-        return new.id
-
-    def run(self, batch_id: uuid.UUID, position: int, worker: uuid.UUID) -> ChildRow:
-        key = ChildKey(batch_id, position)
-        row = self.child(key)
-        self.store.claim(key, row.attempt, new_token(), worker, f"4242:1:{position}:0")
-        return self.child(key)
-
-    def child(self, key: ChildKey) -> ChildRow:
-        row = self.store.child(key)
-        assert row is not None
-        return row
-
-    def complete(self, row: ChildRow) -> None:
-        assert row.run_token is not None
-        assert self.store.settle(row.key, row.run_token, Ending(Status.COMPLETED, "1")).written
-
-    def fail(self, row: ChildRow, message: str) -> None:
-        assert row.run_token is not None
-        evidence = Evidence(Cause.EXCEPTION, message=message, hostname="web-3", worker="w1@here", pid=771)
-        self.store.settle(row.key, row.run_token, Ending(Status.FAILED, None, Cause.EXCEPTION, evidence))
-
-    def crash(
-        self, row: ChildRow, *, by: Detector = Detector.MAIN, again: float | None = None, hostname: str = "web-3"
-    ) -> None:
-        verdict = Verdict.LEASE if by is Detector.LEASE else Verdict.OBSERVED
-        assert self.store.crash(row, death(by=by, hostname=hostname), verdict, again).written
-
-    def ended(self, name: str = "upload") -> uuid.UUID:
-        """One completed, one crashed child; the callback done."""
-        worker = self.worker()
-        batch_id = self.batch(name)
-        self.complete(self.run(batch_id, 0, worker))
-        self.crash(self.run(batch_id, 1, worker))
-        assert self.store.finish(batch_id) is not None
-        self.complete(self.run(batch_id, 2, worker))
-        return batch_id
-
-
-def death(*, by: Detector = Detector.MAIN, hostname: str = "web-3") -> Evidence:
-    return Evidence(
-        Cause.SIGNAL, signal="SIGSEGV", message="killed", hostname=hostname, worker="w1@here", pid=771, detected_by=by
-    )
-
-
-# -- running it -----------------------------------------------------------------------------------
-
-
-def make_app(url: str | None, **conf: Any) -> Celery:
-    app = Celery("shop", broker="memory://", set_as_current=False)
-    if url is not None:
-        app.conf.batchtrack_database_url = url
-    app.conf.update(conf)
-    BatchTrack(app)
-    return app
-
-
-@pytest.fixture
-def app(database_url: str) -> Iterator[Celery]:
-    app = make_app(database_url)
-    BatchTrack.of(app).migrate()
-    yield app
-    BatchTrack.of(app).reset()
-
-
-@pytest.fixture
-def seeds(app: Celery) -> Seeds:
-    return Seeds(BatchTrack.of(app).store)
-
-
-def invoke(app: Any, *args: object, code: int = 0) -> Result:
-    context = CLIContext(app=app, no_color=True, workdir=None)
-    result = CliRunner().invoke(batchtrack, [str(each) for each in args], obj=context)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    if code not in (0, 1):
-        assert not result.stdout and result.stderr.strip(), "errors are for standard error alone"
-    return result
-
-
-Run = Callable[..., Any]
-
-
-@pytest.fixture
-def text(app: Celery) -> Run:
-    return lambda *args, code=0: invoke(app, *args, code=code).stdout
-
-
-@pytest.fixture
-def data(app: Celery) -> Run:
-    return lambda *args, code=0: json.loads(invoke(app, *args, "--json", code=code).stdout)
-
-
-def error(app: Any, *args: object, code: int) -> str:
-    """What an error says: one line, and the same with --json."""
-    first = invoke(app, *args, code=code).stderr
-    assert invoke(app, *args, "--json", code=code).stderr == first
-    assert first.count("\n") == 1 or code == 2
-    assert "Traceback" not in first
-    return first
-
-
-@dataclass
-class Shell:
-    """`python -m celery -A … batchtrack …` in a folder with an application."""
-
-    folder: Path
-    env: dict[str, str]
-    app: str = "cli_shop"
-
-    def start(self, *args: str, **more: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "celery", "-A", self.app, "batchtrack", *args]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.folder, env={**self.env, **more}, stdout=pipe, stderr=pipe, text=True)
-
-    def __call__(self, *args: str, code: int = 0, **more: str) -> tuple[str, str]:
-        process = self.start(*args, **more)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == code, err
-        return out, err
-
-    def json(self, *args: str, code: int = 0) -> Any:
-        return json.loads(self(*args, "--json", code=code)[0])
-
-
-SHOP = """
-import os
-from celery import Celery
-from celery_batchtrack import BatchTrack
-
-app = Celery("cli_shop", broker="memory://")
-app.conf.batchtrack_database_url = os.environ["CLI_DATABASE_URL"]
-BatchTrack(app)
-"""
-
-
-def shell_in(folder: Path, url: str, source: str = SHOP) -> Shell:
-    (folder / "cli_shop.py").write_text(source)
-    path = [str(ROOT), str(folder)]
-    if not any(each.name == "batchtrack" for each in importlib.metadata.entry_points(group="celery.commands")):
-        path.append(str(_installed_in(folder / "plugins")))
-    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
-    return Shell(folder, {**env, "PYTHONPATH": os.pathsep.join(path), "CLI_DATABASE_URL": url})
-
-
-def _installed_in(folder: Path) -> Path:
-    """The package's entry point, for an interpreter in which it is not installed."""
-    info = folder / "celery_batchtrack-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: celery-batchtrack\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[celery.commands]\nbatchtrack=celery_batchtrack.surfaces.cli:batchtrack\n")
-    return folder
-
-
-@pytest.fixture
-def shell(app: Celery, database_url: str, tmp_path: Path) -> Shell:
-    """On the same database as `app`."""
-    return shell_in(tmp_path, BatchTrack.of(app).store.url.render_as_string(hide_password=False))
 
 
 # -- list, show, children -------------------------------------------------------------------------
@@ -340,52 +156,7 @@ def test_children_of_a_large_batch_are_listed_whole(seeds: Seeds, text: Run, dat
     assert len(lines) == 2301 and sum("STATUS" in line for line in lines) == 1
 
 
-# -- crashes, workers -----------------------------------------------------------------------------
-
-
-def test_crashes_are_all_deaths_but_those_overturned(seeds: Seeds, text: Run, data: Run) -> None:
-    worker, batch_id = seeds.worker(), seeds.batch(children=5)
-    seeds.crash(seeds.run(batch_id, 0, worker), again=0.0)  # its child ran again, and completed
-    seeds.complete(seeds.run(batch_id, 0, worker))
-    unclaimed = seeds.child(ChildKey(batch_id, 1))
-    decoding = Evidence(Cause.EXIT, phase="before_claim", exit_code=3, pid=9, detected_by=Detector.MAIN)
-    seeds.store.crash_unclaimed(unclaimed, decoding, None)
-    silent = seeds.run(batch_id, 2, worker)
-    seeds.crash(silent, by=Detector.LEASE)
-    seeds.complete(silent)  # it had not died
-    seeds.fail(seeds.run(batch_id, 3, worker), "ValueError: not a crash")
-    seeds.crash(seeds.run(batch_id, 4, worker))
-
-    found = data("crashes")
-    assert [(each["position"], each["outcome"]) for each in found] == [(0, "retried"), (1, "crashed"), (4, "crashed")]
-    _, second, last = found
-    wanted = {
-        "batch_id": str(batch_id), "position": 4, "task": "shop.parse", "attempt": 1, "items": ["PMC:4", "DOI:4"],
-        "cause": "signal", "signal": "SIGSEGV", "exit_code": None, "hostname": "web-3", "pid": 771,
-        "detected_by": "main", "worker": "w1@here", "phase": "running", "message": "killed", "verdict": "observed",
-    }  # fmt: skip
-    assert {name: last[name] for name in wanted} == wanted
-    assert last["task_id"] and last["died_at"].endswith("Z") and last["detected_at"] >= last["died_at"]
-    assert (second["phase"], second["exit_code"], second["signal"]) == ("before_claim", 3, None)
-
-    lines = text("crashes").splitlines()
-    assert len(lines) == 4
-    assert "SIGSEGV" in lines[1] and lines[1].endswith("retried") and "exit code 3" in lines[2]
-
-
-def test_crashes_of_one_batch_lately(seeds: Seeds, data: Run) -> None:
-    first, second = seeds.ended(), seeds.ended()
-    assert [each["batch_id"] for each in data("crashes")] == [str(first), str(second)]
-    assert [each["batch_id"] for each in data("crashes", "--batch", first)] == [str(first)]
-    assert [each["batch_id"] for each in data("crashes", "--limit", 1)] == [str(second)]
-    with seeds.store.write() as connection:
-        long_ago = schema.incident.c.detected_at - sa.text("INTERVAL '2 days'")
-        if seeds.store.sqlite:
-            long_ago = sa.func.strftime("%Y-%m-%d %H:%M:%f000", schema.incident.c.detected_at, "-2 days")
-        statement = sa.update(schema.incident).where(schema.incident.c.batch_id == first)
-        connection.execute(statement.values(detected_at=long_ago))
-    assert [each["batch_id"] for each in data("crashes", "--since", "24h")] == [str(second)]
-    assert len(data("crashes", "--since", "7d")) == 2
+# -- workers -----------------------------------------------------------------------------
 
 
 def test_workers_and_their_states(seeds: Seeds, text: Run, data: Run) -> None:
@@ -436,10 +207,6 @@ def test_the_grace_of_verify_is_what_detection_may_take(seeds: Seeds, data: Run)
         return any(each["violations"] for each in json.loads(found) if each["check"] == "running_on_a_living_worker")
 
     eventually(violated)
-
-
-def app_of(seeds: Seeds) -> Celery:
-    return make_app(seeds.store.url.render_as_string(hide_password=False))
 
 
 def test_detect_settles_what_a_dead_worker_left(seeds: Seeds, text: Run, data: Run) -> None:
@@ -646,6 +413,7 @@ def test_an_encoding_without_blocks_gets_ascii_and_a_terminal_colours() -> None:
     batch = {
         "id": str(uuid7()), "name": "naïve 日本", "status": "running", "total": 10, "pending": 4, "running": 1,
         "failed": 1, "crashed": 0, "progress_percent": 50, "rate": 3.0, "eta": 40.0, "finished_at": None,
+        "paused_at": None,
         "created_at": datetime.fromisoformat("2026-01-01T00:00:00+00:00"),
     }  # fmt: skip
     now = datetime.fromisoformat("2026-01-01T00:03:00+00:00")
