@@ -32,16 +32,17 @@ def of_run(evidence: Evidence, boxes: Boxes, row: ChildRow) -> Evidence:
     return _with_stack(evidence, boxes, row, page)
 
 
-def of_failure(evidence: Evidence, page: Page) -> Evidence:
-    """The evidence of a run that failed in this very process, with what its page says."""
+def of_failure(evidence: Evidence, page: Page, *, in_loop: bool) -> Evidence:
+    """The evidence of a run that failed in this very process, with what its page says. `in_loop`: where its loop over
+    the items was left, it was by the error."""
     state = page.state()
     if state is None or state.item is None:
         return evidence
     item = state.item
-    return replace(
-        evidence, item=item.identifier, item_index=item.index if item.declared else None, items_done=item.done,
-        note=state.note,
-    )  # fmt: skip
+    evidence = replace(evidence, items_done=item.done, note=state.note)
+    if item.left and not in_loop:
+        return evidence
+    return replace(evidence, item=item.identifier, item_index=item.index if item.declared else None)
 
 
 def of_process(evidence: Evidence, boxes: Boxes, pid: int, started: int | None) -> Evidence:

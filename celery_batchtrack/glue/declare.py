@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, get_type_hints, overload
 
 from celery.app.task import Task
 from celery.local import Proxy
@@ -178,11 +178,20 @@ def _check_items_argument(options: TaskOptions, function: Callable[..., Any]) ->
         return
     parameters = inspect.signature(function).parameters
     open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    if options.items not in parameters and not open_ended:
+    if options.items not in parameters and not open_ended and options.items not in _fields_of_models(function):
         raise errors.InvalidOption(
             f"{getattr(function, '__qualname__', function)} has no argument {options.items!r} "
             f"for items{suggestion(options.items, list(parameters))}"
         )
+
+
+def _fields_of_models(function: Callable[..., Any]) -> set[str]:
+    """Of its pydantic arguments, which are mappings on their way."""
+    try:
+        hints = get_type_hints(function)
+    except Exception:  # noqa: BLE001 (annotations may be anything)
+        return set()
+    return {name for hint in hints.values() for name in getattr(hint, "model_fields", ())}
 
 
 def options_of(task: Any) -> TaskOptions:

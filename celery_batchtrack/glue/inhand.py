@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 from celery_batchtrack import errors
@@ -10,7 +12,7 @@ from celery_batchtrack.behaviour import blackbox
 from celery_batchtrack.behaviour.blackbox import Page
 
 from . import declare
-from .tracked_task import CurrentRun, current_run
+from .tracked_task import CurrentRun, Place, current_run
 
 T = TypeVar("T")
 
@@ -65,6 +67,9 @@ def note(text: object) -> None:
         current.run.page.note(told)
 
 
+#: So many frames lie at most between a loop over items and who wrote it (progress bars, `map`, generators).
+_CALLERS = 20
+
 #: Asking these for the next one runs no code that could die.
 _AT_HAND = (list, tuple, range)
 
@@ -94,12 +99,22 @@ def _remembering(
     except GeneratorExit:
         if page.generation == generation:
             page.item_left()
+            current.left_at = _callers(sys._getframe(1))
         raise
     else:
         if page.generation == generation:
             page.no_item(finished, flags)
     finally:
         current.walking = False
+
+
+def _callers(frame: FrameType | None) -> tuple[Place, ...]:
+    """Who was in the loop, directly or through what it is wrapped in."""
+    found: list[Place] = []
+    while frame is not None and len(found) < _CALLERS:
+        found.append(Place(id(frame), frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(found)
 
 
 def _noting_progress(items: Iterable[T], page: Page) -> Iterator[T]:

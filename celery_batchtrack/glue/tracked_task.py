@@ -8,12 +8,15 @@ tasks with their own base, and a shared class would be patched once per task by 
 from __future__ import annotations
 
 import contextlib
+import dis
 import pickle
 import threading
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NoReturn
+from types import CodeType, FrameType, TracebackType
+from typing import Any, NamedTuple, NoReturn
 
 from celery.app.task import Context, Task
 from celery.exceptions import (
@@ -46,6 +49,18 @@ _WRONG_STORE_DELAY = 10
 _local = threading.local()
 
 
+class Place(NamedTuple):
+    """An instruction in a frame that may be gone by now."""
+
+    frame: int
+    code: CodeType
+    instruction: int
+
+
+#: Instructions that let an exception pass on.
+_RAISING = tuple(dis.opmap[name] for name in ("RERAISE", "RAISE_VARARGS") if name in dis.opmap)
+
+
 @dataclass(slots=True)
 class CurrentRun:
     """The child that runs in this thread."""
@@ -57,6 +72,8 @@ class CurrentRun:
     kwargs: Any
     #: It is within `each_item`.
     walking: bool = False
+    #: Where it was left with an item in hand, innermost first: see `Place`.
+    left_at: tuple[Place, ...] = ()
 
     def declared_items(self) -> object:
         """The very argument that the task declares as its items; None where there is none, or it is computed."""
@@ -67,6 +84,30 @@ class CurrentRun:
             return declare._argument(self.task, name, self.args, self.kwargs)
         except errors.InvalidOption:
             return None
+
+
+def _was_left_by(error: BaseException, left_at: tuple[Place, ...]) -> bool:
+    """Whether a loop ended where this exception, or one behind it, came through. A `break` ends it elsewhere."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        passed = {
+            (id(frame), frame.f_code): instruction for frame, instruction in _passed_by(error.__traceback__)
+        }
+        for place in left_at:
+            instruction = passed.get((place.frame, place.code))
+            if instruction is not None:
+                if instruction == place.instruction or place.code.co_code[place.instruction] in _RAISING:
+                    return True
+                break
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return False
+
+
+def _passed_by(trace: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
+    while trace is not None:
+        yield trace.tb_frame, trace.tb_lasti
+        trace = trace.tb_next
 
 
 def current_run() -> CurrentRun | None:
@@ -282,7 +323,9 @@ def _unhappy(runner: Runner, run: Run, status: Status, cause: Cause, error: Base
             "python_frame": application_frame(frames(text)[::-1]), "peak_memory": memory.own_peak(),
         }  # fmt: skip
     evidence = runner.worker.evidence(cause, run.slot, None, message=_message(error), **told)
-    return Ending(status, cause=cause, evidence=dossier.of_failure(evidence, run.page))
+    current = current_run()
+    in_loop = current is not None and _was_left_by(error, current.left_at)
+    return Ending(status, cause=cause, evidence=dossier.of_failure(evidence, run.page, in_loop=in_loop))
 
 
 def _message(error: BaseException) -> str:

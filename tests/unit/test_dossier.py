@@ -225,9 +225,14 @@ def test_a_failure_is_told_with_its_item_by_the_process_itself(boxes: Boxes) -> 
     page = page_of(boxes, row, (2, "PMC:2"))
     page.note("store")
     error = Evidence(Cause.EXCEPTION, message="ValueError")
-    found = dossier.of_failure(error, page)
-    assert (found.item, found.item_index, found.items_done, found.note) == ("PMC:2", 2, 2, "store")
-    assert dossier.of_failure(error, Page(None)) == error
+    for left, in_loop in ((False, False), (False, True), (True, True)):
+        if left:
+            page.item_left()
+        found = dossier.of_failure(error, page, in_loop=in_loop)
+        assert (found.item, found.item_index, found.items_done, found.note) == ("PMC:2", 2, 2, "store")
+    found = dossier.of_failure(error, page, in_loop=False)
+    assert (found.item, found.item_index, found.items_done, found.note) == (None, None, 2, "store")
+    assert dossier.of_failure(error, Page(None), in_loop=True) == error
 
 
 # -- with its stack --------------------------------------------------------------------------------
