@@ -243,7 +243,7 @@ if __name__ == "__main__":
 
 def run(script: Path, *, output: int | None = None) -> int:
     """Run the script; its exit code, minus the number of the signal that killed it. `output`: where it prints to."""
-    quit_ = getattr(signal, "SIGQUIT", None)  # by Ctrl-\\, for the script alone
+    quit_ = getattr(signal, "SIGQUIT", None)  # by Ctrl-\, for the script alone
     before = signal.signal(quit_, lambda *_: None) if quit_ is not None else None
     try:
         return subprocess.run([sys.executable, str(script)], stdout=output, check=False).returncode
