@@ -110,14 +110,15 @@ class StallWatch:
         path = self.boxes.stack_path(pid, started)
         if fatal.DUMP_SIGNAL is None or path is None or not path.exists() or not hosts.catches(pid, fatal.DUMP_SIGNAL):
             return
-        with contextlib.suppress(ProcessLookupError):
-            self.kill(pid, fatal.DUMP_SIGNAL)
-            sizes = [0]
+        with contextlib.suppress(OSError):  # it ended meanwhile, its file with it
+            before = path.stat().st_size
+            sizes = [before]
 
             def is_whole() -> bool:
                 sizes.append(path.stat().st_size)
-                return sizes[-1] == sizes[-2] > 0
+                return sizes[-1] == sizes[-2] > before
 
+            self.kill(pid, fatal.DUMP_SIGNAL)
             self._wait(is_whole, _STACK_PATIENCE)
 
     def _wait(self, until: Callable[[], bool], patience: float) -> None:
