@@ -74,6 +74,7 @@ DEEDS: dict[str, Callable[[], object]] = {
     "exit": lambda: os._exit(7),
     "hang": hang_with_the_gil,
     "sleep": lambda: time.sleep(600),
+    "nap": lambda: time.sleep(0.02),
     "allocate": allocate,
     "disable": faulthandler.disable,
     "kill the worker": lambda: kill_by(signal.SIGKILL, os.getppid),
