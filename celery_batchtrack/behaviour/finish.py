@@ -38,7 +38,7 @@ def pause(tracker: Tracker, batch_id: uuid.UUID, reason: str = "by hand") -> boo
     """Dispatch and claim none of its children any more; what runs goes on. False if it was paused or has ended."""
     done = tracker.store.pause(batch_id, reason)
     if done:
-        tracker.emit(events.BatchPaused(batch_id, reason))
+        tracker.emit(events.BatchPaused(batch_id, reason, by_hand=True))
     return done
 
 

@@ -122,7 +122,7 @@ def build(tracker: Tracker, batch_id: uuid.UUID) -> Report:
                 break
         incidents = {
             each.position: each
-            for each in store.incidents(batch_id, limit=10 * NAMED)
+            for each in store.incidents(batch_id, limit=10 * NAMED, stacks=False)
             if each.cause not in _BESIDE and each.outcome not in _BESIDE
         }
         named = [_unhappy(child, incidents.get(child.position)) for child in children]

@@ -98,7 +98,8 @@ _LINES: dict[type, Callable[[Any], tuple[int, str, tuple[Any, ...]]]] = {
         logging.WARNING, "action=zombie_terminated pid %d still ran %s, but %s", (e.pid, e.key, e.reason),
     ),
     events.BatchPaused: lambda e: (
-        logging.ERROR, "action=batch_paused %s: %s; `batchtrack resume %s` goes on", (e.batch_id, e.reason, e.batch_id),
+        logging.WARNING if e.by_hand else logging.ERROR,
+        "action=batch_paused %s: %s; `batchtrack resume %s` goes on", (e.batch_id, e.reason, e.batch_id),
     ),
     events.BatchResumed: lambda e: (logging.WARNING, "action=batch_resumed %s", (e.batch_id,)),
     events.Quarantined: lambda e: (

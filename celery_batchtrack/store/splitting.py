@@ -16,6 +16,7 @@ from celery_batchtrack.vocabulary.states import (
     BATCH_ALIVE,
     SPLIT,
     SPLIT_UNCLAIMED,
+    Cause,
     Kind,
     Status,
     Verdict,
@@ -146,8 +147,13 @@ def _values(row: ChildRow, part: Part, position: int, shard: int, attempt: int) 
             worker_id=row.worker_id, slot=row.slot,
         )  # fmt: skip
     if part.evidence is not None:
-        values.update(cause=part.evidence.cause.value, verdict=Verdict.OBSERVED.value, crashes=1)
+        values.update(cause=part.evidence.cause.value, verdict=Verdict.OBSERVED.value, crashes=_deaths(part))
     return values
+
+
+def _deaths(part: Part) -> int:
+    """One that is set aside by quarantine was not even sent."""
+    return int(part.evidence is not None and part.evidence.cause is not Cause.QUARANTINED)
 
 
 __all__ = ["Splitting"]

@@ -122,8 +122,11 @@ class ZombieTerminated:
 
 @dataclass(frozen=True, slots=True)
 class BatchPaused:
+    """`by_hand`, or by its breaker."""
+
     batch_id: uuid.UUID
     reason: str
+    by_hand: bool = False
 
 
 @dataclass(frozen=True, slots=True)
