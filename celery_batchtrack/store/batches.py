@@ -30,7 +30,7 @@ from .clock import moment, now
 from .engine import Connected
 from .rows import BATCH_COLUMNS, batch_row
 from .schema import batch, child, tally, worker
-from .transitions import MOVED, change, change_batch, move
+from .transitions import MOVED, change, change_batch, lock_in_order, move
 
 _DUE_KINDS = {
     BatchStatus.COMPLETED: (Kind.ON_SUCCESS, Kind.ON_FINISH),
@@ -218,21 +218,10 @@ class BatchWrites(Connected):
 
         The locks come first, by position, so that it never waits crosswise with another writer of several.
         """
-        if not self.sqlite:
-            is_open = child.c.status.in_([Status.PENDING.value, Status.RUNNING.value])
-            locked = (
-                sa.select(child.c.position)
-                .where(child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value, is_open)
-                .order_by(child.c.position)
-                .with_for_update()
-                .subquery()
-            )
-            connection.execute(sa.select(sa.func.count()).select_from(locked))
+        children = sa.and_(child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value)
+        lock_in_order(connection, children, child.c.status.in_([Status.PENDING.value, Status.RUNNING.value]))
         rows = connection.execute(
-            change(
-                CANCEL, child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
-                cause=Cause.CANCELLED.value,
-            ).returning(
+            change(CANCEL, children, cause=Cause.CANCELLED.value).returning(
                 *MOVED, child.c.position, child.c.worker_id, child.c.slot, child.c.run_token, child.c.task_id
             )
         ).all()  # fmt: skip

@@ -14,6 +14,7 @@ from celery_batchtrack.vocabulary.states import BATCH_ALIVE, BatchStatus, Kind, 
 from .clock import now
 from .engine import Connected
 from .schema import batch, child, tally
+from .transitions import lock_in_order
 
 _ALIVE = batch.c.status.in_([each.value for each in BATCH_ALIVE])
 
@@ -105,14 +106,12 @@ class Pausing(Connected):
                 sa.update(batch).where(batch.c.id == batch_id)
                 .values(paused_at=None, pause_reason=None, crash_samples=fresh)
             )  # fmt: skip
-            connection.execute(
-                sa.update(child)
-                .where(
-                    child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
-                    child.c.status == Status.PENDING.value, child.c.dispatched_at.is_not(None),
-                )
-                .values(dispatched_at=None)
+            sent = sa.and_(
+                child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
+                child.c.status == Status.PENDING.value, child.c.dispatched_at.is_not(None),
             )  # fmt: skip
+            lock_in_order(connection, sent)
+            connection.execute(sa.update(child).where(sent).values(dispatched_at=None))
             return True
 
     def sample_crash_rates(self) -> None:

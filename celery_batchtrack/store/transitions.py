@@ -31,6 +31,14 @@ def change(transition: Transition, *guards: sa.ColumnElement[bool], **values: An
     return sa.update(child).where(*guards, state).values({**settled, **values})
 
 
+def lock_in_order(connection: sa.Connection, *guards: sa.ColumnElement[bool]) -> None:
+    """Lock the children that `guards` select by position, so that writers of several never wait crosswise."""
+    if connection.dialect.name == "sqlite":
+        return
+    locked = sa.select(child.c.position).where(*guards).order_by(child.c.position).with_for_update().subquery()
+    connection.execute(sa.select(sa.func.count()).select_from(locked))
+
+
 def change_batch(
     transition: BatchTransition, target: BatchStatus, *guards: sa.ColumnElement[bool], **values: Any
 ) -> sa.Update:

@@ -238,6 +238,11 @@ def items_by_status(scene: Scene, batch_id: uuid.UUID) -> dict[str, list[str]]:
     return {status: sorted(names) for status, names in found.items()}
 
 
+def every_item(scene: Scene, batch_id: uuid.UUID) -> list[str]:
+    """Identifiers of all items, each as often as there is a child that has it now."""
+    return sorted(name for names in items_by_status(scene, batch_id).values() for name in names)
+
+
 def add_up(scene: Scene, batch_id: uuid.UUID) -> bool:
     """The counts add up, and are what the rows say."""
     counts(scene, batch_id)
