@@ -135,8 +135,12 @@ class IsolatedQueues:
 
 
 def _consume(consumer: Any, queue: str) -> None:
-    if not consumer.task_consumer.consuming_from(queue):
-        consumer.add_task_queue(queue)
+    """In the worker's loop, which an error here would end; it sees for itself that a connection is lost."""
+    try:
+        if consumer.task_consumer is not None and not consumer.task_consumer.consuming_from(queue):
+            consumer.add_task_queue(queue)
+    except Exception:
+        logger.exception("action=isolated_queue_failed %s is not consumed: its suspects wait for another worker", queue)
 
 
 __all__ = ["Gate", "IsolatedQueues"]
