@@ -94,6 +94,7 @@ class Report:
                     "divid": d.divid,
                     "signal": d.signal,
                     "frame": d.frame,
+                    "child": d.child,
                 }
                 for d in self.crashed
             ],

@@ -50,9 +50,10 @@ def main() -> int:
         flush=True,
     )
     arguments = [str(sample), "--output", str(output), "--batch-size", str(BATCH_SIZE)]
-    status = cli.main([*arguments, "--json", str(FOLDER / "report.json")])
+    report = FOLDER / "report.json"
+    status = cli.main([*arguments, "--json", str(report)])
     if status == cli.EXIT_SETTLED:
-        print(_what_next(output))
+        print(_what_next(output, report))
     return status
 
 
@@ -102,14 +103,17 @@ def _deadly(document: Document) -> str:
     return f'{{"attributes": [{attribute}], {rest[1:]}'
 
 
-def _what_next(output: Path) -> str:
+def _what_next(output: Path, report: Path) -> str:
+    found = json.loads(report.read_text())
+    victim = f"{found['batch_id']} {found['crashed'][0]['child']}"
     url = cli.default_tracking_database(store.output_url(str(output)))
     celery = shlex.quote(str(Path(sys.executable).with_name("celery")))
     look = f"ANNOTATIONS_DATABASE_URL={shlex.quote(url)} {celery} -A examples.annotations.tasks batchtrack"
     return (
-        f"\nThe documents are in {output}, the report in {FOLDER / 'report.json'}. To look further:\n"
+        f"\nThe documents are in {output}, the report in {report}. To look further:\n"
         f"  {look} crashes\n"
-        f"  {look} list\n"
+        f"  {look} stack {victim}\n"
+        f"  {look} repro {victim} --output {FOLDER / 'repro'} --run\n"
     )
 
 
