@@ -156,6 +156,8 @@ class chord(Signature):  # type: ignore[misc]
         body = body if body is not None else self.body
         if body is None:
             raise errors.InvalidOption("a chord needs a body: chord(header)(body)")
+        if "batch" in options:  # would go to the broker with each message, and be lost
+            raise errors.InvalidOption("batch= belongs to the chord, not to its call: chord(header, batch={…})(body)")
         options = {**(self.get("options") or {}), **options}
         extension = BatchTrack.of(self._app or getattr(body, "_app", None))
         header = [_partial(each, args, kwargs, extension.app) for each in self.header]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ MARK = "__batchtrack__"
 ATTRIBUTE = "batchtrack"
 
 _LONGEST_IDENTIFIER = 255
+_COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 #: Ways to make one result of several that need no code.
 MERGES = ("list", "concat", "sum")
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -113,8 +115,8 @@ def _stall_timeout(value: Any) -> float | None:
         timeout = seconds(value)
     except ValueError as error:
         raise errors.InvalidOption(f"stall_timeout: {error}") from None
-    if not timeout > 0:
-        raise errors.InvalidOption(f"stall_timeout must be more than 0 seconds, not {value!r}")
+    if not 0 < timeout < math.inf:
+        raise errors.InvalidOption(f"stall_timeout must be more than 0 seconds (None: never), not {value!r}")
     return timeout
 
 
@@ -182,6 +184,12 @@ def _check_items_argument(options: TaskOptions, function: Callable[..., Any]) ->
         raise errors.InvalidOption(
             f"{getattr(function, '__qualname__', function)} has no argument {options.items!r} "
             f"for items{suggestion(options.items, list(parameters))}"
+        )
+    collecting = options.items in parameters and parameters[options.items].kind in _COLLECTING
+    if collecting and (options.policy.splits or options.policy.quarantine_after is not None):
+        raise errors.InvalidOption(
+            f"{getattr(function, '__qualname__', function)}: items={options.items!r} collects arguments and cannot be "
+            "taken apart: pass the items in one list"
         )
 
 

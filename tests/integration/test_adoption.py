@@ -385,7 +385,7 @@ def test_a_class_is_refused() -> None:
         ({"items": 3}, "items must be"),
         ({"items": "docs", "item_id": 3}, "item_id must be"),
         ({"on_crash": "rtry"}, "did you mean 'retry'"),
-        ({"on_crash": "skip"}, "not supported by this version yet"),
+        ({"on_crash": "skip"}, "needs items= to name the argument"),
         ({"max_crashes": 0}, "max_crashes must be"),
     ],
 )
