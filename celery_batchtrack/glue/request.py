@@ -21,7 +21,7 @@ from celery_batchtrack.vocabulary.states import Cause, Status
 
 from . import declare
 
-_SIGNAL = re.compile(r"signal (\d+) \((\w+)\)")
+_SIGNAL = re.compile(r"signal (\d+)(?: \((\w+)\))?")  # most real-time signals have no name
 _EXIT = re.compile(r"exitcode (-?\d+)")
 
 
@@ -97,7 +97,7 @@ def _unread(request: Any, error: Any) -> None:
 def _worker_lost(request: Any, text: str) -> None:
     signal, code = _SIGNAL.search(text), _EXIT.search(text)
     if signal:
-        _died(request, Cause.SIGNAL, signal=signal[2], message=text)
+        _died(request, Cause.SIGNAL, signal=signal[2] or f"signal {signal[1]}", message=text)
     else:
         _died(request, Cause.EXIT, exit_code=int(code[1]) if code else None, message=text)
 

@@ -321,3 +321,13 @@ def test_a_host_is_known_by_boot_and_namespace() -> None:
     host = hosts.identity()
     assert host == hosts.identity()
     assert host.boot_id and host.pid_namespace and host.hostname
+
+
+def test_whether_a_process_listens_to_a_signal_is_known() -> None:
+    """One that does not would be ended by it."""
+    code = f"import faulthandler, signal; faulthandler.register({signal.SIGUSR2:d}, file=sys.stderr)"
+    with another_process(code) as process:
+        assert hosts.catches(process.pid, signal.SIGUSR2) is True
+        assert hosts.catches(process.pid, signal.SIGUSR1) is False
+        assert hosts.catches(process.pid, signal.SIGRTMAX - 5) is False
+    assert hosts.catches(process.pid, signal.SIGUSR2) is False

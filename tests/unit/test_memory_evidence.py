@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import signal
+import sqlite3
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from celery_batchtrack.behaviour import memory
+from celery_batchtrack.behaviour import hosts, memory
+from celery_batchtrack.behaviour.detector import Death
 from celery_batchtrack.behaviour.memory import KernelKills, Peaks
+from celery_batchtrack.glue.attendant import Attendant
+from celery_batchtrack.store import Store
+from celery_batchtrack.vocabulary.states import Cause
 from tests.helpers import eventually, unique
+from tests.store.behaviour_kit import Bench, tracker_on
+from tests.store.kit import Scene
 
 MB = 1024 * 1024
 
@@ -257,6 +266,78 @@ def test_kills_are_not_forgotten_while_verdicts_wait_for_the_database(limited: P
     for _ in range(5):
         counting.look({pid})
     assert counting.was(pid) is not None
+
+
+# -- what the attendant makes of it ----------------------------------------------------------------
+
+
+@pytest.fixture
+def scene(sqlite_url: str) -> Iterator[Scene]:
+    scene = Scene(Store(sqlite_url, engine_options={"connect_args": {"timeout": 0.01}}))
+    assert scene.store.store_id
+    yield scene
+    scene.store.dispose()
+
+
+@pytest.fixture
+def attendant(scene: Scene, tmp_path: Path) -> Iterator[Attendant]:
+    """Of a worker whose main process is this one."""
+    bench = Bench.of(tracker_on(scene.store), tmp_path / "boxes")
+    scene.worker_id = bench.worker.id
+    attendant = Attendant(bench.tracker, bench.worker, bench.boxes)
+    yield attendant
+    attendant._kernel.close()
+
+
+def run_in(group: Path, attendant: Attendant, scene: Scene, batch_id: uuid.UUID) -> tuple[int, int]:
+    """A child's run in the cgroup, of which the attendant knows: (pid, where to write for it to take too much)."""
+    pid, go = member(group, greedy=lambda: take(400 * MB))
+    slot = f"{pid}:{hosts.started(pid)}:{pid}:0"
+    scene.run(batch_id, slot=slot)
+    attendant.boxes.page(slot)
+    attendant._look_at_processes()
+    return pid, go
+
+
+def test_a_child_that_a_memory_limit_killed_is_told_apart_from_one_killed_by_hand(
+    limited: Path, scene: Scene, attendant: Attendant
+) -> None:
+    starved, by_hand = scene.batch(1), scene.batch(1)
+    first, go = run_in(limited, attendant, scene, starved)
+    second, other = run_in(limited, attendant, scene, by_hand)
+    os.write(go, b"x")
+    assert reap(first) == -signal.SIGKILL
+    kill(second)
+    for each in (go, other):
+        os.close(each)
+    for pid in (first, second):
+        attendant.died(Death(pid, hosts.started(pid), Cause.SIGNAL, signal="SIGKILL", message="signal 9 (SIGKILL)"))
+    attendant._take(0.0)
+    (oom,), (killed,) = scene.incidents(starved), scene.incidents(by_hand)
+    assert (oom.cause, oom.signal) == ("oom", "SIGKILL") and (oom.message or "").startswith("out of memory: ")
+    assert (killed.cause, killed.signal, killed.message) == ("signal", "SIGKILL", "signal 9 (SIGKILL)")
+    assert oom.peak_memory is not None and oom.peak_memory > 40 * MB
+
+
+def test_what_the_kernel_says_is_asked_once_though_the_verdict_waits_for_the_database(
+    limited: Path, scene: Scene, attendant: Attendant, tmp_path: Path
+) -> None:
+    batch_id = scene.batch(1)
+    pid, go = run_in(limited, attendant, scene, batch_id)
+    os.write(go, b"x")
+    os.close(go)
+    assert reap(pid) == -signal.SIGKILL
+    attendant.died(Death(pid, None, Cause.SIGNAL, signal="SIGKILL"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "batchtrack.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for _ in range(3):
+            attendant._take(0.0)
+            attendant._look_at_processes()
+        assert scene.statuses(batch_id) == ["running"]
+        other.rollback()
+    attendant._take(0.0)
+    (incident,) = scene.incidents(batch_id)
+    assert incident.cause == "oom" and incident.peak_memory is not None
 
 
 # -- formats ---------------------------------------------------------------------------------------
