@@ -33,7 +33,6 @@ _MAGIC = b"BTK2"
 _SEQUENCE = struct.Struct("<Q")
 _RUN = struct.Struct("<B7x16sq16sdQQ")
 _ITEM = struct.Struct("<qqBxH")
-_ITEM_BEGIN = struct.Struct("<QqqBxH")  # an odd number first, then the item: fields are stored in order
 _NOTE = struct.Struct("<H")
 _SEQUENCE_AT, _RUN_AT = 8, 16
 _ITEM_SEQUENCE_AT, _ITEM_AT = 128, 136
@@ -184,12 +183,14 @@ class Page:
         page = self._map
         if page is None:
             return None
-        sequence, begin = _SEQUENCE.pack_into, _ITEM_BEGIN.pack_into
+        sequence, item = _SEQUENCE.pack_into, _ITEM.pack_into
 
         def write(index: int, identifier: bytes) -> None:
             self._item_sequence = number = self._item_sequence + 2
             length = len(identifier)
-            begin(page, _ITEM_SEQUENCE_AT, number - 1, index, index, flags, length)
+            # One byte, so one store. `pack_into` wipes before it writes, so it may not begin what it marks as torn.
+            page[_ITEM_SEQUENCE_AT] = 1
+            item(page, _ITEM_AT, index, index, flags, length)
             page[_IDENTIFIER_AT : _IDENTIFIER_AT + length] = identifier
             sequence(page, _ITEM_SEQUENCE_AT, number)
 

@@ -98,7 +98,7 @@ def _patience(tracker: Tracker, dispatches: int, *, empty: bool) -> float:
 
 
 #: What no later try would mend: a result or signature that cannot be read back.
-_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError)
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[NotSent], int, bool]:

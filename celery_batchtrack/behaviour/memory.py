@@ -22,7 +22,8 @@ _CGROUPS = Path("/sys/fs/cgroup")
 #: The inode of the first pid namespace: there the kernel's pids are ours (``PROC_PID_INIT_INO``).
 _FIRST_NAMESPACE = "pid:[4026531836]"
 _UNIT = 1 if sys.platform == "darwin" else 1024
-_KILLED = re.compile(r"[Kk]illed process (\d+)\b")
+_KILLED = re.compile(r"[Kk]illed process (?P<pid>\d+)\b")
+_RESIDENT = re.compile(r"\b(?:anon|file|shmem)-rss:(\d+)kB")
 _COUNTER = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 _HIGH_WATER = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 
@@ -40,12 +41,20 @@ def peak_of(pid: int) -> int | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """By the kernel, for memory. `memory`: resident bytes at its death, where the kernel told."""
+
+    why: str
+    memory: int | None = None
+
+
 @dataclass
 class Peaks:
     """Of pool processes, sampled while they live, since a dead one cannot be asked."""
 
     _seen: dict[int, int] = field(default_factory=dict)
-    _reaped: int = field(default_factory=lambda: resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    _reaped: int = field(default_factory=lambda: _largest_reaped())
 
     def sample(self, pids: set[int]) -> None:
         for pid in pids:
@@ -55,15 +64,27 @@ class Peaks:
         for pid in set(self._seen) - pids:
             del self._seen[pid]
 
-    def of_the_dead(self, pid: int) -> int | None:
-        """The most that is known of it. Exact if it was the largest process that was ever reaped here."""
-        reaped = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        largest = reaped * _UNIT if reaped > self._reaped else None
-        self._reaped = reaped
-        known = [each for each in (self._seen.get(pid), largest) if each is not None]
-        if known:
-            self._seen[pid] = max(known)  # it may be asked again, while the database is away
+    def of_the_dead(self, pid: int, killed: Kill | None = None) -> int | None:
+        """The most that is known of it, however often it is asked.
+
+        What was killed for memory is also known by the kernel's log, or else taken for the largest process that was
+        reaped since: of any other death that would be a guess.
+        """
+        known = [self._seen[pid]] if pid in self._seen else []
+        if killed is not None:
+            known.append(killed.memory or self._newly_largest())
+        if any(known):
+            self._seen[pid] = max(known)
         return self._seen.get(pid)
+
+    def _newly_largest(self) -> int:
+        largest, before = _largest_reaped(), self._reaped
+        self._reaped = largest
+        return largest if largest > before else 0
+
+
+def _largest_reaped() -> int:
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _UNIT
 
 
 def _cgroup_files(pid: int | str) -> set[Path]:
@@ -96,7 +117,7 @@ class KernelKills:
 
     def __init__(self) -> None:
         self._log = self._open_log()
-        self._named: set[int] = set()
+        self._named: dict[int, int] = {}  # pid: resident bytes
         self._counters: dict[Path, int] = {}
         self._at_last_look: dict[Path, int] = {}
         self._files_of: dict[int, set[Path]] = {}
@@ -133,17 +154,16 @@ class KernelKills:
                 self._counters[path] = max(self._counters[path], self._at_last_look.get(path, 0))
             self._at_last_look = {path: _count(path) or 0 for path in self._counters}
 
-    def was(self, pid: int) -> str | None:
+    def was(self, pid: int) -> Kill | None:
         """Why it is certain, or all but certain, that the kernel killed this process for memory; None otherwise."""
         if self._log is not None:
             if self._read_log() and pid in self._named:
-                self._named.discard(pid)
                 self._take_one(pid)
-                return "the kernel's log says that it was killed for memory"
+                return Kill("the kernel's log says that it was killed for memory", self._named.pop(pid) or None)
             if self._log is not None:
                 return None  # the log is whole and does not name it
         path = self._take_one(pid)
-        return None if path is None else f"oom_kill of {path} went up"
+        return None if path is None else Kill(f"oom_kill of {path} went up")
 
     def _take_one(self, pid: int) -> Path | None:
         """One kill that the counters of its cgroup have and nobody was told of yet."""
@@ -173,7 +193,9 @@ class KernelKills:
                 os.close(self._log)
                 self._log = None
                 return False
-            self._named.update(int(pid) for pid in _KILLED.findall(line))
+            killed = _KILLED.search(line)
+            if killed is not None:
+                self._named[int(killed["pid"])] = sum(int(size) * 1024 for size in _RESIDENT.findall(line))
 
     def close(self) -> None:
         if self._log is not None:

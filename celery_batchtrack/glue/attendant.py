@@ -23,7 +23,7 @@ from celery_batchtrack.behaviour import blackbox, detector, finish, hosts, reten
 from celery_batchtrack.behaviour.detector import Death, Reconciler, Sweeper
 from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.identity import WorkerIdentity
-from celery_batchtrack.behaviour.memory import KernelKills, Peaks
+from celery_batchtrack.behaviour.memory import KernelKills, Kill, Peaks
 from celery_batchtrack.behaviour.stalls import StallWatch
 from celery_batchtrack.behaviour.tracker import Tracker
 from celery_batchtrack.vocabulary.evidence import Evidence
@@ -102,7 +102,7 @@ class Attendant:
         self.tracker, self.worker, self.boxes, self._on_beat = tracker, worker, boxes, on_beat
         self.stalls = StallWatch(tracker, worker, boxes)
         self._kernel, self._peaks = KernelKills(), Peaks()
-        self._explained: collections.OrderedDict[int, str | None] = collections.OrderedDict()
+        self._explained: collections.OrderedDict[int, Kill | None] = collections.OrderedDict()
         self.reconciler = Reconciler(tracker, worker, boxes)
         self.sweeper = Sweeper(tracker, worker.name, boxes.base, worker)
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -118,16 +118,20 @@ class Attendant:
 
     def _judge(self, death: Death) -> None:
         """Kept and tried again while the database is away: what the kernel says is asked once."""
-        peak = self._peaks.of_the_dead(death.pid)
-        if death.signal == "SIGKILL" and death.cause is Cause.SIGNAL:
-            if death.pid not in self._explained:
-                self._explained[death.pid] = self._kernel.was(death.pid)
-                while len(self._explained) > _REMEMBERED:
-                    self._explained.popitem(last=False)
-            why = self._explained[death.pid]
-            if why is not None:
-                death = replace(death, cause=Cause.OOM, message=f"out of memory: {why}")
+        killed = self._killed_for_memory(death)
+        if killed is not None:
+            death = replace(death, cause=Cause.OOM, message=f"out of memory: {killed.why}")
+        peak = self._peaks.of_the_dead(death.pid, killed)
         detector.process_died(self.tracker, self.worker, self.boxes, replace(death, peak_memory=peak))
+
+    def _killed_for_memory(self, death: Death) -> Kill | None:
+        if death.signal != "SIGKILL" or death.cause is not Cause.SIGNAL:
+            return None
+        if death.pid not in self._explained:
+            self._explained[death.pid] = self._kernel.was(death.pid)
+            while len(self._explained) > _REMEMBERED:
+                self._explained.popitem(last=False)
+        return self._explained[death.pid]
 
     def unstarted(self, ticket: Ticket, status: Status, cause: Cause, message: str) -> None:
         """A message was consumed without reaching its task."""

@@ -796,5 +796,7 @@ def test_a_merely_queued_child_is_never_failed_however_long_it_waits(
     for dispatches in range(1, 40):
         scene.set_child(ChildKey(batch_id, 0), dispatched_at=later(-100_000.0), dispatches=dispatches)
         sweeper.sweep()
-    assert scene.statuses(batch_id) == ["pending"] and scene.incidents(batch_id) == []
+    row = scene.row(ChildKey(batch_id, 0))
+    assert (row.status, row.attempt, row.crashes) == ("pending", 0, 0)
+    assert {(each.cause, each.outcome) for each in scene.incidents(batch_id)} == {("lost_message", "redispatched")}
 

@@ -239,7 +239,7 @@ def test_a_reader_beside_a_hot_writer_never_sees_a_mixture_and_always_the_run(ho
 
 
 def test_a_process_killed_in_a_hot_loop_leaves_a_whole_item_or_none(path: Path) -> None:
-    for _ in range(20):
+    for _ in range(100):  # one in fifty strikes within a store
         pid = hot_writer(path)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

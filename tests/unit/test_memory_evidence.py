@@ -15,7 +15,7 @@ import pytest
 
 from celery_batchtrack.behaviour import hosts, memory
 from celery_batchtrack.behaviour.detector import Death
-from celery_batchtrack.behaviour.memory import KernelKills, Peaks
+from celery_batchtrack.behaviour.memory import KernelKills, Kill, Peaks
 from celery_batchtrack.glue.attendant import Attendant
 from celery_batchtrack.store import Store
 from celery_batchtrack.vocabulary.states import Cause
@@ -95,8 +95,8 @@ def test_of_the_dead_the_last_sample_is_known_however_often_it_is_asked() -> Non
     assert peaks.of_the_dead(pid) is None, "and is forgotten with its page"
 
 
-def test_a_process_that_died_between_two_samples_is_told_by_what_was_reaped() -> None:
-    """Exact where it was the largest so far, which what dies of memory mostly is."""
+def test_what_died_of_memory_between_two_samples_is_told_by_what_was_reaped_and_no_other_death_is() -> None:
+    """It is most likely the largest so far; anything else that died at the same time is not."""
     already = memory.resource.getrusage(memory.resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     peaks = Peaks()
     size = max(already, memory.own_peak()) + 20 * MB
@@ -106,10 +106,18 @@ def test_a_process_that_died_between_two_samples_is_told_by_what_was_reaped() ->
     os.close(ready)
     os.close(told)
     kill(pid)
-    found = peaks.of_the_dead(pid)
+    assert peaks.of_the_dead(pid + 1) is None, "by hand, at the same time"
+    found = peaks.of_the_dead(pid, Kill("oom_kill went up"))
     assert found is not None and found > size
-    assert peaks.of_the_dead(pid) == found
-    assert peaks.of_the_dead(pid + 1) is None, "another's death tells nothing of it"
+    assert peaks.of_the_dead(pid, Kill("oom_kill went up")) == found
+    assert peaks.of_the_dead(pid + 2, Kill("oom_kill went up")) is None, "it was smaller, and nobody knows how much"
+
+
+def test_what_the_kernel_says_goes_before_a_guess() -> None:
+    peaks = Peaks()
+    assert peaks.of_the_dead(1, Kill("the log", 5 * MB)) == 5 * MB
+    peaks._seen[2] = 9 * MB
+    assert peaks.of_the_dead(2, Kill("the log", 5 * MB)) == 9 * MB, "it had been larger before"
 
 
 # -- real kills ------------------------------------------------------------------------------------
@@ -197,13 +205,15 @@ def test_the_kernels_log_names_what_it_killed_for_memory(limited: Path, kernel: 
         pytest.skip("the kernel's log cannot be read here")
     pid = starve(limited, kernel)
     why = eventually(lambda: kernel.was(pid), what="the kernel's own words")
-    assert why == "the kernel's log says that it was killed for memory"
+    assert why.why == "the kernel's log says that it was killed for memory"
+    assert why.memory is not None and 40 * MB < why.memory < 4000 * MB
     assert kernel.was(pid) is None, "one death, one kill"
 
 
 def test_the_counter_of_its_cgroup_tells_where_the_log_cannot_be_read(limited: Path, counting: KernelKills) -> None:
     pid = starve(limited, counting)
-    assert (counting.was(pid) or "").startswith("oom_kill of /sys/fs/cgroup")
+    killed = counting.was(pid)
+    assert killed is not None and killed.why.startswith("oom_kill of /sys/fs/cgroup") and killed.memory is None
     assert counting.was(pid) is None, "one death, one kill"
 
 
@@ -385,7 +395,7 @@ def test_counters_are_found_where_each_version_has_them(forged: Forged, line: st
     kernel = KernelKills()
     assert kernel.was(1) is None
     forged.counter(path, text.format(8))
-    assert kernel.was(1) == f"oom_kill of {forged.groups / path} went up"
+    assert kernel.was(1) == Kill(f"oom_kill of {forged.groups / path} went up")
     assert kernel.was(1) is None
 
 
