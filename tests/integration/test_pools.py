@@ -69,10 +69,12 @@ def test_a_crash_takes_the_worker_and_its_restart_settles_the_child(scene: Scene
     worker.restart()
     batch.wait(30, callbacks=True)
     killer, other = batch.children()
-    assert (killer.status, killer.cause, killer.items) == ("crashed", "worker_lost", ["PMC:killer"])
+    assert (killer.status, killer.cause, killer.items) == ("crashed", "signal", ["PMC:killer"])
     assert other.status == "completed"
     (incident,) = batch.incidents()
     assert (incident.detected_by, incident.pid) == ("host", int(scene.lines("killer")[0]))
+    assert (incident.signal, incident.item) == ("SIGSEGV", "PMC:killer"), "the stack that it left says so"
+    assert incident.python_frame is not None and incident.python_frame.startswith("crashes.py")
     assert len(scene.lines("finish")) == 1
     assert scene.violations() == []
 
