@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.crash_policy import (
+    FROM_OUTSIDE,
     ISOLATED,
     Action,
     Death,
@@ -90,7 +91,7 @@ def _end_or_rerun(
 
 
 def _killer(tracker: Tracker, row: ChildRow, policy: RowPolicy, evidence: Evidence) -> Killer | None:
-    if evidence.cause not in _BLAMED:
+    if evidence.cause not in _BLAMED or evidence.signal in FROM_OUTSIDE:
         return None
     return handover.killer_of(row, policy, evidence, tracker.settings.app_version, tracker.codec)
 

@@ -50,9 +50,9 @@ def record(
             id=uuid7(), batch_id=attempt.key.batch_id, position=attempt.key.position, attempt=attempt.number,
             run_token=attempt.token, outcome=str(outcome), cause=evidence.cause.value, phase=evidence.phase,
             signal=evidence.signal, exit_code=evidence.exit_code, message=_text(evidence.message),
-            exception=_short(evidence.exception), traceback=_text(evidence.traceback), stack=_text(evidence.stack),
-            python_frame=_short(evidence.python_frame), fingerprint=fingerprint(attempt.task, evidence),
-            item=_short(evidence.item), item_index=evidence.item_index, items_done=evidence.items_done,
+            exception=short(evidence.exception), traceback=_text(evidence.traceback), stack=_text(evidence.stack),
+            python_frame=short(evidence.python_frame), fingerprint=fingerprint(attempt.task, evidence),
+            item=short(evidence.item), item_index=evidence.item_index, items_done=evidence.items_done,
             note=_text(evidence.note), peak_memory=evidence.peak_memory, hostname=evidence.hostname,
             boot_id=evidence.boot_id, worker=evidence.worker, worker_id=evidence.worker_id, pid=evidence.pid,
             queue=attempt.queue, versions=dict(evidence.versions) if evidence.versions else None,
@@ -62,7 +62,8 @@ def record(
     )  # fmt: skip
 
 
-def _short(value: str | None) -> str | None:
+def short(value: str | None) -> str | None:
+    """What fits a column of 255 characters, and a database takes as text."""
     text = _text(value)
     return None if text is None else text[:255]
 
@@ -75,4 +76,4 @@ def _text(value: str | None, limit: int = 20_000) -> str | None:
     return value if len(value) <= limit else value[: limit // 2] + "\n… cut …\n" + value[-limit // 2 :]
 
 
-__all__ = ["TOLD", "Attempt", "record"]
+__all__ = ["TOLD", "Attempt", "record", "short"]

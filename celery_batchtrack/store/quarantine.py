@@ -14,6 +14,7 @@ from celery_batchtrack.vocabulary.records import Killer, QuarantinedItem
 
 from .clock import now
 from .engine import Connected
+from .incidents import short
 from .schema import quarantine
 
 _COLUMNS = tuple(quarantine.c[name] for name in QuarantinedItem.__slots__)
@@ -28,8 +29,8 @@ def count_kill(connection: sa.Connection, task: str, killer: Killer | None, key:
         return False
     insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(quarantine)
     told = {
-        "item": killer.item, "quarantine_after": killer.quarantine_after, "cause": evidence.cause.value,
-        "signal": evidence.signal, "python_frame": evidence.python_frame, "batch_id": key.batch_id,
+        "item": short(killer.item), "quarantine_after": killer.quarantine_after, "cause": evidence.cause.value,
+        "signal": evidence.signal, "python_frame": short(evidence.python_frame), "batch_id": key.batch_id,
         "position": key.position, "last_at": now(),
     }  # fmt: skip
     counted = insert.values(

@@ -120,9 +120,20 @@ class Splitting(Connected):
         return position, quarantined
 
     def splits_of(self, row: ChildRow) -> int:
-        """How often the items of this row's header position have been split."""
+        """How often the items of this row's header position have been halved.
+
+        Where an item was found, or what was done is known, each death brought the end nearer: those are not counted.
+        """
         origin = row.position if row.origin is None else row.origin
-        is_split = sa.and_(child.c.batch_id == row.batch_id, child.c.status == Status.SPLIT.value)
+        part = child.alias("part")
+        done_before = sa.exists().where(
+            part.c.batch_id == row.batch_id, part.c.origin == origin, part.c.split_from == child.c.position,
+            part.c.status == Status.COMPLETED.value, part.c.dispatches == 0,
+        )  # fmt: skip
+        is_split = sa.and_(
+            child.c.batch_id == row.batch_id, child.c.status == Status.SPLIT.value, child.c.cause.is_not(None),
+            ~done_before,
+        )  # fmt: skip
         # Two counts, each by an index: with OR, SQLite reads the whole batch.
         itself, parts = (
             sa.select(sa.func.count()).where(is_split, where).scalar_subquery()

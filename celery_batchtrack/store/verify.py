@@ -123,13 +123,16 @@ def split_hands_on_every_item(grace: float) -> sa.Select[Any]:
     """The parts of a split child have its items: none lost, none doubled."""
     part = child.alias("part")
     handed = (
-        sa.select(sa.func.coalesce(sa.func.sum(part.c.item_count), 0))
-        .where(part.c.batch_id == child.c.batch_id, part.c.split_from == child.c.position)
-        .scalar_subquery()
+        sa.select(part.c.batch_id, part.c.split_from, sa.func.sum(part.c.item_count).label("total"))
+        .where(part.c.split_from.is_not(None))
+        .group_by(part.c.batch_id, part.c.split_from)
+        .subquery()
     )
-    return sa.select(_label(*_CHILD_LABEL)).where(
-        child.c.status == Status.SPLIT.value, handed != child.c.item_count
-    )
+    own = sa.and_(handed.c.batch_id == child.c.batch_id, handed.c.split_from == child.c.position)
+    return (
+        sa.select(_label(*_CHILD_LABEL)).select_from(child.outerjoin(handed, own))
+        .where(child.c.status == Status.SPLIT.value, sa.func.coalesce(handed.c.total, 0) != child.c.item_count)
+    )  # fmt: skip
 
 
 @check

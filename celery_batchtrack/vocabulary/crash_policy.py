@@ -68,6 +68,8 @@ class CrashPolicy:
             raise InvalidOption(f"isolate must be True or False, not {self.isolate!r}")
         if self.oom_queue is not None and not (isinstance(self.oom_queue, str) and 0 < len(self.oom_queue) <= 200):
             raise InvalidOption(f"oom_queue must be a queue's name (at most 200 characters), not {self.oom_queue!r}")
+        if self.oom_queue is not None and self.oom_queue.endswith(ISOLATED):
+            raise InvalidOption(f"oom_queue must not end with {ISOLATED!r}: such queues are those of suspects")
         if self.backoff is not None:
             object.__setattr__(self, "backoff", _check_backoff(self.backoff))
 
@@ -208,7 +210,7 @@ class Death:
     item: int | None = None
     #: The task promised that what it did for earlier items is durable (``done="on_next"``).
     promised: bool = False
-    #: How often the items of this header position were split before.
+    #: How often the items of this header position were halved before.
     splits: int = 0
 
 

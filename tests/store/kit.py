@@ -77,7 +77,7 @@ def part(*names: str, status: Status = Status.PENDING, evidence: Evidence | None
 
 
 def killer(item: str, after: int = 2, version: str = "1") -> Killer:
-    return Killer(item, f"hash of {item}", version, after)
+    return Killer(item, f"hash of {item}" if item.isprintable() else "a hash", version, after)
 
 
 def killed(*names: str, evidence: Evidence = SEGFAULT) -> Part:

@@ -57,6 +57,13 @@ def test_the_register_tells_what_the_last_death_was(scene: Scene) -> None:
     assert entry.first_at == before.first_at and entry.last_at >= before.last_at
 
 
+def test_what_a_database_refuses_in_text_keeps_no_kill_from_being_counted(scene: Scene) -> None:
+    strange = replace(SEGFAULT, python_frame="lone \udce9 and nul \0 in " + "f" * 300)
+    scene.kill("nul \0 and lone \udce9", evidence=strange)
+    assert only(scene).item == "nul \\0 and lone \\udce9"
+    assert len(only(scene).python_frame or "") == 255
+
+
 def test_tasks_items_and_versions_are_counted_apart(scene: Scene) -> None:
     for task, item, version in (("a", "1", "v1"), ("b", "1", "v1"), ("a", "2", "v1"), ("a", "1", "v2")):
         assert not scene.kill(item, task=task, version=version)

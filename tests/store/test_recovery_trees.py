@@ -92,7 +92,7 @@ class Tree:
             return []
         divided = cut(child_of(names), self.policy, action, evidence, Json())
         assert divided is not None
-        self.splits += 1
+        self.splits += action is Action.BISECT
         assert sorted(name for part in divided.parts for name in part.items) == sorted(names), "an item was lost"
         assert (divided.own is None) == any(part.evidence for part in divided.parts), "one death, one incident"
         for part in divided.parts:

@@ -67,7 +67,7 @@ SHAPES: dict[str, tuple[Callable[[], list[Part]], Evidence | None, dict[str, int
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("shards", [1, 3, 16])
+@pytest.mark.parametrize("shards", [1, 3])
 def test_every_item_is_counted_once_however_a_child_is_split(scene: Scene, shape: str, shards: int) -> None:
     make, own, children, items = SHAPES[shape]
     batch_id = scene.batch([documents("x"), documents(*ABCDE), documents("y", "z")], shards=shards)
@@ -385,9 +385,25 @@ def test_parts_of_parts_keep_the_header_position_they_came_from(scene: Scene) ->
         (0, None, None), (1, None, None), (2, 1, 1), (3, 1, 1), (4, 3, 1), (5, 3, 1), (6, 4, 1), (7, 4, 1),
         (8, 0, 0), (9, 0, 0),
     ]  # fmt: skip
-    assert [scene.store.splits_of(row) for row in scene.rows(batch_id)] == [1, 3, 3, 3, 3, 3, 3, 3, 1, 1]
+    assert [scene.store.splits_of(row) for row in scene.rows(batch_id)] == [1, 2, 2, 2, 2, 2, 2, 2, 1, 1]
     assert items_by_status(scene, batch_id) == {"crashed": ["e"], "pending": [*"abcdfghxy"]}
     assert add_up(scene, batch_id)
+
+
+def test_only_halving_spends_the_budget_of_bisection(scene: Scene) -> None:
+    """What skips, goes on or sets aside comes nearer to the end with each death."""
+    batch_id = scene.batch([documents(*"abcdefgh")])
+    scene.store.split(
+        scene.at(batch_id, 0), [killed("a", evidence=SET_ASIDE), part(*"bcdefgh")], None, claimed=False, death=False
+    )
+    scene.split(scene.run(batch_id, 2), killed("b"), part(*"cdefgh"))
+    scene.split(scene.run(batch_id, 4), done("c"), killed("d"), part(*"efgh"))
+    scene.split(scene.run(batch_id, 7), done("e"), part(*"fgh"), evidence=SEGFAULT)
+    assert scene.store.splits_of(scene.at(batch_id, 9)) == 0
+    scene.split(scene.run(batch_id, 9), *halves("fg", "h"), evidence=SEGFAULT)
+    scene.store.take_undispatched(batch_id, 10)
+    scene.complete(scene.run(batch_id, 10))
+    assert scene.store.splits_of(scene.at(batch_id, 11)) == 1, "a half that completed is no part that was done before"
 
 
 def test_a_header_position_that_was_never_split_has_no_splits(scene: Scene) -> None:

@@ -315,6 +315,7 @@ def test_a_suspect_comes_from_the_queue_without_the_ending() -> None:
         ({"max_splits": None}, "max_splits"),
         ({"isolate": 1}, "isolate"), ({"isolate": None}, "isolate"), ({"isolate": "yes"}, "isolate"),
         ({"oom_queue": ""}, "oom_queue"), ({"oom_queue": 5}, "oom_queue"), ({"oom_queue": "q" * 201}, "oom_queue"),
+        ({"oom_queue": f"big{ISOLATED}"}, "oom_queue"),
         ({"backoff": "soon"}, "backoff"), ({"backoff": True}, "backoff"), ({"backoff": []}, "backoff"),
         ({"backoff": -1}, "backoff"), ({"backoff": timedelta(seconds=-1)}, "backoff"),
         ({"backoff": float("nan")}, "backoff"), ({"backoff": float("inf")}, "backoff"),

@@ -51,6 +51,7 @@ def test_settings_do_not_change() -> None:
         ("claim_timeout", -1), ("shards", 0), ("shards", 1.5), ("shards", True), ("shards", "many"), ("max_crashes", 0),
         ("enabled", "maybe"), ("enabled", 2), ("engine_options", []), ("retention", {"failed": 1}),
         ("retention", {"completed": "soon"}), ("retention", 0), ("dispatch_chunk", -5),
+        ("app_version", "v" * 65),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_the_name_the_user_gave(name: str, value: Any) -> None:
