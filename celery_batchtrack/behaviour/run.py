@@ -7,7 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,12 @@ class Run:
     slot: str
     page: Page
     task: str
+    pid: int = field(default_factory=os.getpid)
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """Not so in a process that the user's function has forked, and that comes back or raises through it."""
+        return self.pid == os.getpid()
 
     @property
     def attempt(self) -> int:
@@ -138,6 +144,8 @@ class Runner:
 
     def settle(self, run: Run, ending: Ending) -> Settled:
         """Write the run's end, its count included, before the task is over."""
+        if not run.is_of_this_process:
+            return Settled(False)
         run.page.phase(Phase.SETTLING)
         settled = self._surely_delivered(run, ending)
         failpoints.reach("settle.committed")
@@ -193,6 +201,8 @@ class Runner:
 
     def release(self, run: Run, how: Release) -> None:
         """Give the row back for another attempt (Celery's retry, `Reject(requeue=True)`)."""
+        if not run.is_of_this_process:
+            return
         run.page.phase(Phase.SETTLING)
         waits = _delays(None)
         while True:

@@ -24,7 +24,8 @@ def each_item(items: Iterable[T], *, done: str | None = None) -> Iterator[T]:
     Inside another `each_item` of the same run, only progress is noted.
 
     Arguments:
-        items: any iterable; best the very argument that the task declares by ``items=``.
+        items: any iterable; best the very argument that the task declares by ``items=``: of another one the order is
+            not known, so that `done` does not count. While a generator makes its next item, none is in hand.
         done: ``"on_next"`` promises that what was done for an item is durable when the next one is asked for. Under
             ``on_crash="resume"`` items before a crash are not run again, so it must be given there.
 

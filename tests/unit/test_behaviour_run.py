@@ -25,7 +25,7 @@ from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.records import Ending, Refused, Release
 from celery_batchtrack.vocabulary.states import Cause, Status
-from tests.store.behaviour_kit import Bench, Told, tracker_on
+from tests.store.behaviour_kit import Bench, Told, killed, tracker_on
 from tests.store.kit import ERROR, Scene, add_up, some
 
 CALLS = ("on_success", "on_failure", "on_first_failure", "on_finish")
@@ -185,6 +185,23 @@ def test_trouble_after_the_settle_does_not_turn_it_into_a_failure(
         assert bench.runner.settle(run, DONE).written
     assert scene.status(batch_id) == "running" and tracker.of(events.FollowUpFailed)
     assert scene.store.unfinished() == [batch_id]
+
+
+def test_a_process_that_the_users_function_forks_does_not_report_its_parents_end(
+    scene: Scene, tracker: Told, bench: Bench
+) -> None:
+    """It may come back through the task, or raise: its parent is still at work."""
+    (message,) = messages(tracker, scene.batch(1))
+    run = bench.claim(message)
+
+    def forked() -> None:
+        assert not bench.runner.settle(run, Ending(Status.FAILED, None, Cause.EXCEPTION, ERROR)).written
+        bench.runner.release(run, Release())
+
+    killed(forked)
+    assert scene.statuses(message.row.batch_id) == ["running"] and page_of(run) is not None
+    assert bench.runner.settle(run, DONE).written
+    assert scene.statuses(message.row.batch_id) == ["completed"] and scene.incidents(message.row.batch_id) == []
 
 
 # -- a slot that claims anew -----------------------------------------------------------------------

@@ -516,6 +516,22 @@ def test_files_that_are_no_boxes_are_passed_over(tmp_path: Path) -> None:
     assert [(pid, start) for pid, start, _ in boxes.stacks()] == [(1, 2)]
 
 
+def test_two_workers_of_one_host_have_boxes_of_their_own(tmp_path: Path) -> None:
+    first, second = Boxes(tmp_path, uuid.uuid4()), Boxes(tmp_path, uuid.uuid4())
+    first.create()
+    first.page("1:2:3:0").enter(KEY, TOKEN)
+
+    def other() -> None:
+        second.create()
+        second.page("1:2:3:0").enter(ChildKey(uuid7(), 1), new_token())
+        assert folders.of_dead_workers(tmp_path) == [], "the first one lives"
+
+    killed(other)
+    assert [boxes.worker_id for boxes in folders.of_dead_workers(tmp_path)] == [second.worker_id]
+    pages = [blackbox.read(boxes.path("1:2:3:0") or Path()) for boxes in (first, second)]
+    assert pages[0] is not None and pages[1] is not None and pages[0].key == KEY != pages[1].key
+
+
 def test_a_box_of_a_former_version_or_of_a_former_boot_says_nothing_and_names_nobody(tmp_path: Path) -> None:
     """The format of the first release, and a page whose pid is another process's by now."""
     boxes = Boxes(tmp_path, uuid.uuid4())
