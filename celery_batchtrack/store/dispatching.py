@@ -152,7 +152,7 @@ class Dispatching(Connected):
     def give_back(self, rows: Iterable[ChildRow]) -> None:
         """Publishing failed after the stamp: due again at the next look."""
         with self.write() as connection:
-            for row in rows:
+            for row in sorted(rows, key=lambda each: each.key):  # as every writer of several locks them
                 connection.execute(
                     sa.update(child)
                     .where(

@@ -408,6 +408,18 @@ def test_a_resume_waits_for_children_in_their_order_and_never_crosswise(scene: S
     scene.store.take_undispatched(batch_id, 10)
     scene.store.pause(batch_id, "by hand")
     scene.set_child(ChildKey(batch_id, 0), queue="q")  # rewritten: now it is the last one where the table stands
+    assert _beside_one_who_locks_in_order(scene, rivals, batch_id, lambda: scene.store.resume(batch_id)) is True
+    assert len(scene.store.take_undispatched(batch_id, 10)) == 3
+
+
+def test_rows_are_given_back_in_their_order_and_never_crosswise(scene: Scene, rivals: Rivals) -> None:
+    batch_id = scene.batch(3)
+    taken = [each.child for each in scene.store.take_undispatched(batch_id, 10)]
+    _beside_one_who_locks_in_order(scene, rivals, batch_id, lambda: scene.store.give_back(reversed(taken)))
+    assert len(scene.store.take_undispatched(batch_id, 10)) == 3
+
+
+def _beside_one_who_locks_in_order(scene: Scene, rivals: Rivals, batch_id: uuid.UUID, act: Callable[[], Any]) -> Any:
     table = schema.child
 
     def lock(connection: sa.Connection, position: int) -> None:
@@ -416,11 +428,10 @@ def test_a_resume_waits_for_children_in_their_order_and_never_crosswise(scene: S
 
     with scene.store.engine.connect() as connection:
         lock(connection, 0)
-        resume = rivals.start_blocked(scene.store.resume, batch_id)
+        waiting = rivals.start_blocked(act)
         lock(connection, 2)
         connection.commit()
-    assert resume.result() is True
-    assert len(scene.store.take_undispatched(batch_id, 10)) == 3
+    return waiting.result()
 
 
 # -- quarantine ------------------------------------------------------------------------------------
