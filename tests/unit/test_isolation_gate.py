@@ -297,7 +297,7 @@ def test_a_queue_that_the_broker_refuses_does_not_end_the_workers_loop(caplog: p
     consumer.add_task_queue = refuse  # type: ignore[method-assign]
     queues.adopt(["celery.isolated"])
     assert consumer.turn() == ["celery"]
-    assert "action=isolated_queue_failed celery.isolated" in caplog.text
+    assert "action=isolated_queue celery.isolated cannot be consumed here" in caplog.text
 
 
 def test_a_new_connection_adopts_anew() -> None:
