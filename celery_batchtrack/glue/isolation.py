@@ -140,7 +140,7 @@ def _consume(consumer: Any, queue: str) -> None:
         if consumer.task_consumer is not None and not consumer.task_consumer.consuming_from(queue):
             consumer.add_task_queue(queue)
     except Exception:
-        logger.exception("action=isolated_queue %s cannot be consumed here: its suspects wait for another worker", queue)
+        logger.exception("action=isolated_queue %s cannot be consumed here: another worker has to", queue)
 
 
 __all__ = ["Gate", "IsolatedQueues"]
