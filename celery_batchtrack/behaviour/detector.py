@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from celery_batchtrack import errors
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.evidence import Evidence
@@ -325,10 +326,20 @@ class Sweeper:
 
     def _settle_orphans(self, done: Sweep) -> None:
         for row, worker in self.tracker.store.orphans():
-            found = self._judge_orphan(row, worker)
-            if found is not None:
-                evidence, verdict = dossier.of_run(found[0], self._boxes_of(worker), row), found[1]
-                done.verdicts += recovery.run_died(self.tracker, row, evidence, verdict)
+            try:
+                done.verdicts += self._settle_orphan(row, worker)
+            except errors.BatchTrackError:
+                raise  # the database is the trouble: so it is for all others
+            except Exception as error:  # noqa: BLE001 (one row must not hold up the rest of the sweep)
+                self.tracker.emit(events.VerdictFailed(row.key, f"{type(error).__name__}: {error}"))
+
+    def _settle_orphan(self, row: ChildRow, worker: WorkerRow) -> bool:
+        found = self._judge_orphan(row, worker)
+        if found is None:
+            return False
+        evidence, verdict = found
+        evidence = dossier.of_run(evidence, self._boxes_of(worker), row)
+        return recovery.run_died(self.tracker, row, evidence, verdict)
 
     def _judge_orphan(self, row: ChildRow, worker: WorkerRow) -> tuple[Evidence, Verdict] | None:
         """A row's own process must be gone too; where that cannot be seen, the lease decides."""

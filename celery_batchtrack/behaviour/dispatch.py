@@ -125,7 +125,7 @@ def _messages(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[Message
     messages, failures = [], []
     for out in taken:
         try:
-            messages.append(_message(tracker, out))
+            messages.append(message_of(tracker, out))
         except _UNREADABLE as error:
             ticket = Ticket(tracker.store_id, out.child.key, out.child.attempt, out.child.kind)
             unmade = Message(out.child, out.batch, ticket)
@@ -149,7 +149,7 @@ def _settle_unsent(tracker: Tracker, failure: NotSent) -> None:
         ending.conclude(tracker, row.batch_id)
 
 
-def _message(tracker: Tracker, out: Outgoing) -> Message:
+def message_of(tracker: Tracker, out: Outgoing) -> Message:
     row, batch = out.child, out.batch
     ticket = Ticket(tracker.store_id, row.key, row.attempt, row.kind)
     if row.kind == Kind.CHILD:

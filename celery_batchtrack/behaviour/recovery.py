@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.crash_policy import (
+    CRASHED,
     FROM_OUTSIDE,
     ISOLATED,
     Action,
@@ -16,11 +19,13 @@ from celery_batchtrack.vocabulary.crash_policy import (
 )
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.records import ChildRow, Killer, Rerun, Settled
-from celery_batchtrack.vocabulary.states import Cause, Verdict
+from celery_batchtrack.vocabulary.states import Cause, Detector, Verdict
 
 from . import dispatch, finish, handover
 from .tracker import Tracker
 
+#: Characters of a queue's name that a row holds.
+_LONGEST_QUEUE = 255
 #: Causes that an item may be blamed for.
 _BLAMED = (Cause.SIGNAL, Cause.OOM, Cause.EXIT, Cause.STALLED)
 
@@ -42,6 +47,9 @@ def _died(
     settled = None
     if judgement.action not in (Action.CRASHED, Action.RUN_AGAIN):
         settled = _split(tracker, row, evidence, policy, judgement, claimed=claimed)
+        if settled is None:
+            evidence = replace(evidence, message=f"{evidence.message or ''}; its items could not be taken apart")
+            judgement = _as_a_whole(row, policy)
     if settled is None:
         settled = _end_or_rerun(tracker, row, evidence, verdict, policy, judgement, claimed=claimed)
     if settled.written:
@@ -51,16 +59,23 @@ def _died(
 
 
 def _judge(tracker: Tracker, row: ChildRow, evidence: Evidence, verdict: Verdict, policy: RowPolicy) -> Judgement:
-    shared = policy.isolate and evidence.cause is Cause.WORKER_LOST
+    # What the worker itself ended (a cold shutdown, a lost connection) is nobody's crash.
+    shared = policy.isolate and evidence.detected_by in (Detector.HOST, Detector.LEASE)
     return judge(
         policy,
         Death(
             evidence.cause, row.crashes, verdict, evidence.signal,
             others=tracker.store.others_lost_with(row) if shared else 0, queue=row.queue, items=row.item_count,
             item=evidence.item_index if row.items else None, promised=evidence.promised,
+            isolated=row.isolated,
             splits=tracker.store.splits_of(row) if policy.splits and row.origin is not None else 0,
         ),
     )  # fmt: skip
+
+
+def _as_a_whole(row: ChildRow, policy: RowPolicy) -> Judgement:
+    """Of a child that should be split and cannot be: its arguments are others by now, or no list."""
+    return CRASHED if row.crashes + 1 >= policy.max_crashes else Judgement(Action.RUN_AGAIN, isolated=row.isolated)
 
 
 def _split(
@@ -105,7 +120,8 @@ def _rerun(tracker: Tracker, row: ChildRow, policy: RowPolicy, judgement: Judgem
 
 def _isolation_queue(row: ChildRow) -> str | None:
     """Of its own, where the row knows its queue; where not, the worker still runs it alone."""
-    return f"{base_queue(row.queue)}{ISOLATED}" if row.queue else None
+    queue = f"{base_queue(row.queue)}{ISOLATED}"
+    return queue if row.queue and len(queue) <= _LONGEST_QUEUE else None
 
 
 def _tell(

@@ -29,8 +29,10 @@ def merged(result: HeaderResult, loads: Callable[[str], Any]) -> Any:
         return values
     if not result.split:
         return values[0] if values else None
-    if not values or result.merge is None:
+    if not values:
         return None
+    if result.merge is None:  # only quarantine splits what does not say how to merge: one part is left of it
+        return values[0] if len(values) == 1 else values
     try:
         return _merge(result.merge)(values)
     except Exception as error:  # a callable of the application may raise anything: it must not stop the publishing

@@ -259,8 +259,12 @@ class Batch:
 
     def _wait(self, timeout: float | None, *, bar: bool = False, callbacks: bool = False) -> BatchStatus:
         deadline = None if timeout is None else time.monotonic() + timeout
+        told = False
         for progress in shown(self.iter_progress(), bar=bar):
             self._check_time(deadline, timeout, progress)
+            if progress.paused_at is not None and not told:
+                logger.warning("action=wait_paused batch %s is paused: %s", self.id, progress.pause_reason)
+            told = progress.paused_at is not None
         while callbacks and any(row.status in ("pending", "running") for row in self._callback_rows()):
             self._check_time(deadline, timeout, None)
             self._pause(self._extension.settings.wait_poll)
@@ -271,12 +275,10 @@ class Batch:
             return
         if progress is None:
             raise errors.BatchTimeout(f"batch {self.id} has ended, but its callbacks have not after {timeout:g} s")
-        row = self._extension.store.batch(self.id)
-        paused = row is not None and row.paused_at is not None
         raise errors.BatchTimeout(
             f"batch {self.id} has not ended after {timeout:g} s: {progress.pending} children pending, "
             f"{progress.running} running; "
-            + (f"it is paused ({row.pause_reason}): resume() it" if row is not None and paused else "it goes on")
+            + (f"it is paused ({progress.pause_reason}): resume() it" if progress.paused_at else "it goes on")
         )
 
     def _callback_rows(self) -> list[ChildRow]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -168,14 +169,14 @@ def tracked(function: Any = None, /, **options: Any) -> Any:
             return tracked(target)
         if inspect.isclass(target):
             return tracked(target)
-        _check_items_argument(made, target)
+        _check_itemsargument(made, target)
         setattr(target, MARK, made)
         return target
 
     return mark if function is None else mark(function)
 
 
-def _check_items_argument(options: TaskOptions, function: Callable[..., Any]) -> None:
+def _check_itemsargument(options: TaskOptions, function: Callable[..., Any]) -> None:
     if not isinstance(options.items, str):
         return
     parameters = inspect.signature(function).parameters
@@ -252,10 +253,7 @@ def items_path(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
         return None
     if name in kwargs:
         return ("kwargs", name)
-    positional = [
-        each.name for each in inspect.signature(task.run).parameters.values()
-        if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-    ]  # fmt: skip
+    positional = _positional(task.run)
     if name in positional[: len(args)]:
         return ("args", positional.index(name))
     for at, nested in enumerate(args):
@@ -263,6 +261,26 @@ def items_path(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
             return ("args", at, name)
     holders = (key for key, nested in kwargs.items() if isinstance(nested, dict) and name in nested)
     return next((("kwargs", key, name) for key in holders), None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _positional(function: Any) -> list[str]:
+    """Names of the parameters that a call may fill by position."""
+    return [
+        each.name for each in inspect.signature(function).parameters.values()
+        if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    ]  # fmt: skip
+
+
+def items_in(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """The items of a call; None where they are no list of its own."""
+    path = items_path(task, args, kwargs)
+    if path is None:
+        return None
+    found: Any = {"args": args, "kwargs": kwargs}
+    for step in path:
+        found = found[step]
+    return tuple(found) if isinstance(found, list | tuple) else None
 
 
 def items_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
@@ -278,7 +296,7 @@ def items_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
 
 
 def _items(task: Any, declared: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    found = _called(task, declared, args, kwargs) if callable(declared) else _argument(task, declared, args, kwargs)
+    found = _called(task, declared, args, kwargs) if callable(declared) else argument(task, declared, args, kwargs)
     if isinstance(found, (str, bytes)) or not hasattr(found, "__iter__"):
         return [found]  # one item
     return list(found)
@@ -293,7 +311,7 @@ def _called(task: Any, declared: Any, args: Sequence[Any], kwargs: Mapping[str, 
         ) from error
 
 
-def _argument(task: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def argument(task: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if name in kwargs:
         return kwargs[name]
     try:

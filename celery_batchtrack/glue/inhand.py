@@ -46,7 +46,7 @@ def each_item(items: Iterable[T], *, done: str | None = None) -> Iterator[T]:
             "or use on_crash='skip'"
         )
     flags = blackbox.PROMISED if done else 0
-    if current.declared_items() is items:
+    if current.goes_over_declared(items):
         flags |= blackbox.DECLARED
     write = page.item_writer(flags)
     if write is None:

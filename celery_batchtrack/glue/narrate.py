@@ -90,6 +90,9 @@ _LINES: dict[type, Callable[[Any], tuple[int, str, tuple[Any, ...]]]] = {
         logging.ERROR, "action=follow_up_failed %s is settled, but what follows failed: %s (a sweep does it)",
         (e.key, e.error),
     ),
+    events.VerdictFailed: lambda e: (
+        logging.ERROR, "action=verdict_failed %s: %s (it stays running; the next sweep tries again)", (e.key, e.error),
+    ),
     events.SpoolDelivered: lambda e: (
         logging.INFO, "action=spool_delivered %s: an outcome kept on disk was %s",
         (e.key, "written" if e.written else "already settled otherwise"),

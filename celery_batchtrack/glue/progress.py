@@ -25,6 +25,8 @@ def line(progress: Progress) -> str:
     for name in ("failed", "crashed", "cancelled"):
         if getattr(progress, name):
             parts.append(f"{getattr(progress, name)} {name}")
+    if progress.paused_at is not None and not progress.ended:
+        parts.append(f"PAUSED ({progress.pause_reason})")
     if progress.rate is not None:
         parts.append(f"{progress.rate:.1f}/s")
     if not progress.ended and progress.eta is not None:
@@ -33,12 +35,12 @@ def line(progress: Progress) -> str:
 
 
 def _lines(steps: Iterator[Progress]) -> Iterator[Progress]:
-    last = ""
+    last: object = None
     for progress in steps:
-        text = line(progress)
-        if progress.percent != (int(last) if last else -1) or progress.ended:
+        text, told = line(progress), (progress.percent, progress.paused_at)
+        if told != last or progress.ended:
             print(text, file=sys.stderr, flush=True)
-            last = str(progress.percent)
+            last = told
         yield progress
 
 

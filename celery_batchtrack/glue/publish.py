@@ -14,12 +14,14 @@ from typing import Any
 
 from celery._state import pop_current_task, push_current_task
 from celery.app.task import Context
+from celery.exceptions import QueueNotFound
 from kombu.exceptions import KombuError, OperationalError
 
 from celery_batchtrack.behaviour.tracker import Message, NotSent
 from celery_batchtrack.vocabulary.ids import HEADER
 
 from . import codec, signatures
+from .narrate import logger
 
 
 @contextlib.contextmanager
@@ -37,8 +39,9 @@ def _nobodys_context() -> Iterator[None]:
         pop_current_task()
 
 
-def call_of(message: Message) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
-    """(args, kwargs, options) of `send_task`: what is stored, and what the row and the batch say."""
+def call_of(message: Message, *, rerouted: bool = True) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+    """(args, kwargs, options) of `send_task`: what is stored, and what the row and the batch say. Without `rerouted`
+    it goes where its task is routed, whatever the row says."""
     row, batch = message.row, message.batch
     signature = signatures.parsed(row.signature)
     args, kwargs = list(signature.get("args") or ()), dict(signature.get("kwargs") or {})
@@ -56,10 +59,8 @@ def call_of(message: Message) -> tuple[list[Any], dict[str, Any], dict[str, Any]
     )
     if row.kind == "child":
         options.update(group_id=str(batch.id), ignore_result=True)
-    if row.rerouted:
-        options.pop("exchange", None)
-        options.pop("routing_key", None)
-        options["queue"] = row.queue
+    if row.rerouted and rerouted:  # stronger than any route: the default exchange leads to the queue of that name
+        options.update(queue=row.queue, exchange="", routing_key=row.queue)
     if row.not_before is not None:
         options["eta"] = row.not_before
     if row.expires_at is not None:
@@ -104,7 +105,19 @@ class BrokerPublisher:
         return (OperationalError, OSError, *self.app.connection_for_write().connection_errors)
 
     def _send(self, message: Message, producer: Any) -> None:
-        args, kwargs, options = call_of(message)
+        try:
+            self._send_to(message, producer, rerouted=True)
+        except QueueNotFound:
+            if not message.row.rerouted:
+                raise
+            logger.warning(
+                "action=queue_missing %s: there is no queue %s (task_create_missing_queues is off: declare it in "
+                "task_queues); it is sent where its task is routed", message.row.key, message.row.queue,
+            )  # fmt: skip
+            self._send_to(message, producer, rerouted=False)
+
+    def _send_to(self, message: Message, producer: Any, *, rerouted: bool) -> None:
+        args, kwargs, options = call_of(message, rerouted=rerouted)
         task = self.app._tasks.get(message.row.task)
         if task is not None:  # before 5.7, send_task knows nothing of the task's own queue, priority, limits …
             own = {name: value for name, value in task._get_exec_options().items() if value is not None}

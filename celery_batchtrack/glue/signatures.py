@@ -104,8 +104,8 @@ def new_child(
     args, kwargs = tuple(signature.get("args") or ()), dict(signature.get("kwargs") or {})
     task = app.tasks.get(signature["task"])
     args, kwargs = _checked(task, args, kwargs)
-    _check_policy(task, role, batch or {})
     items, count = declare.items_of(task, args, kwargs) if task is not None else ((), 1)
+    _check_policy(task, role, batch or {}, args, kwargs, count)
     countdown, eta = _moment(options.get("countdown"), options.get("eta"), "eta")
     expires_in, expires_at = _moment(None, options.get("expires", getattr(task, "expires", None)), "expires")
     task_id, queue = str(options.get("task_id") or new_task_id()), route(app, signature["task"], args, kwargs, options)
@@ -124,12 +124,22 @@ def new_child(
     )  # fmt: skip
 
 
-def _check_policy(task: Any, role: str, batch: Mapping[str, Any]) -> None:
-    """A batch's own crash policy may ask of a task what it did not declare."""
-    if task is not None and batch.get("on_crash"):
-        options = declare.options_of(task)
-        policy = options.policy.overridden(batch["on_crash"])
+def _check_policy(
+    task: Any, role: str, batch: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], count: int
+) -> None:
+    """A batch's own crash policy may ask of a task what it did not declare, and any that splits asks for items that
+    can be taken apart."""
+    if task is None:
+        return
+    options = declare.options_of(task)
+    policy = options.policy.overridden(batch.get("on_crash"))
+    if batch.get("on_crash"):
         options.check_policy(policy, f"{role} ({task.name})", results=batch.get("results", "store"))
+    if policy.splits and count > 1 and declare.items_in(task, args, kwargs) is None:
+        raise errors.InvalidOption(
+            f"{role} ({task.name}): on_crash={policy.on_crash!r} takes the items apart, so {options.items!r} must be "
+            "given in the call, as a list"
+        )
 
 
 def _checked(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

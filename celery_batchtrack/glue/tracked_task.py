@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import operator
 import pickle
 import threading
 import traceback
@@ -68,22 +69,22 @@ class CurrentRun:
     run: Run
     task: Any
     policy: RowPolicy
-    args: Any
-    kwargs: Any
+    #: The items, as they were sent: the task may sort its list.
+    declared: tuple[Any, ...] | None = None
     #: It is within `each_item`.
     walking: bool = False
     #: Where it was left with an item in hand, innermost first: see `Place`.
     left_at: tuple[Place, ...] = ()
 
-    def declared_items(self) -> object:
-        """The very argument that the task declares as its items; None where there is none, or it is computed."""
-        name = declare.options_of(self.task).items
-        if not isinstance(name, str):
-            return None
-        try:
-            return declare._argument(self.task, name, self.args, self.kwargs)
-        except errors.InvalidOption:
-            return None
+    def goes_over_declared(self, items: object) -> bool:
+        """Whether these are the declared items, each of them, in the order in which they were sent."""
+        declared = self.declared
+        return (
+            declared is not None
+            and isinstance(items, list | tuple)
+            and len(items) == len(declared)
+            and all(map(operator.is_, items, declared))
+        )
 
 
 def _was_left_by(error: BaseException, left_at: tuple[Place, ...]) -> bool:
@@ -183,7 +184,7 @@ def _tracked(task: Any, parent: Any, ticket: Ticket, args: Any, kwargs: Any) -> 
     if isinstance(run, Refused):
         raise Ignore(run.reason)
     _note_attempt(task.request, run)
-    current = CurrentRun(run, task, policy, args, kwargs)
+    current = CurrentRun(run, task, policy, declare.items_in(task, args, kwargs))
     runs.append(current)
     try:
         try:
@@ -289,7 +290,7 @@ def _in_pool_process() -> bool:
 def _retry(task: Any, error: Retry) -> Release:
     request, when = task.request, error.when
     seconds = float(when) if isinstance(when, (int, float)) else None
-    changed = None
+    changed, names = None, None
     if error.sig is not None and (
         list(error.sig.args or ()) != list(request.args or ())
         or dict(error.sig.kwargs or {}) != dict(request.kwargs or {})
@@ -297,11 +298,22 @@ def _retry(task: Any, error: Retry) -> Release:
         with contextlib.suppress(errors.NotSerialisable):
             # Immutable: its arguments are whole, what a callback was given first included.
             changed = signatures.stored({**error.sig, "immutable": True})
+            names = _names(task, error.sig)
     evidence = Evidence(Cause.RETRY, message=str(error.exc or error.message or "retry"))
     return Release(
         countdown=seconds, eta=when if seconds is None else None, retries=request.retries + 1,
-        signature=changed, sent=True, evidence=evidence if error.exc is not None else None,
+        signature=changed, items=names, sent=True, evidence=evidence if error.exc is not None else None,
     )  # fmt: skip
+
+
+def _names(task: Any, signature: Any) -> tuple[str, ...] | None:
+    """Of the items that the next attempt will work on; none where they cannot be read."""
+    if declare.options_of(task).items is None:
+        return None
+    try:
+        return declare.items_of(task, tuple(signature.args or ()), dict(signature.kwargs or {}))[0]
+    except errors.InvalidOption:
+        return ()
 
 
 def _rejected(task: Any, runner: Runner, run: Run, error: Reject) -> None:

@@ -38,7 +38,7 @@ from .engine import Connected
 from .incidents import TOLD, Attempt, record
 from .quarantine import count_kill
 from .rows import CHILD_COLUMNS, child_row
-from .schema import WITH_ITS_WORKER, batch, child, incident
+from .schema import WITH_ITS_WORKER, Json, batch, child, incident
 from .transitions import MOVED, change, move
 
 
@@ -197,6 +197,10 @@ class ChildWrites(Connected):
             values["retries"] = how.retries
         if how.signature is not None:
             values["signature"] = how.signature
+        if how.items is not None:
+            # Others than before: then nobody can tell them apart any more, but how many they are stays counted.
+            as_many = child.c.item_count == len(how.items)
+            values["items"] = sa.case((as_many, sa.literal(list(how.items), Json)), else_=sa.null())
         statement = change(RELEASE, at(key), child.c.run_token == token, **values)
         with self.write() as connection:
             row = connection.execute(statement.returning(*TOLD)).one_or_none()
@@ -269,6 +273,7 @@ class ChildWrites(Connected):
         )
         judged = sa.select(sa.func.count(incident.c.run_token.distinct())).where(
             incident.c.worker_id == row.worker_id, incident.c.run_token != row.run_token,
+            sa.or_(incident.c.batch_id != row.batch_id, incident.c.position != row.position),
             incident.c.overturned_at.is_(None), sa.text(f"({WITH_ITS_WORKER})"),
         )  # fmt: skip
         with self.read() as connection:

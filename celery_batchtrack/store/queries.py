@@ -22,6 +22,9 @@ from .schema import batch, child, incident, tally
 _COUNTS = tuple(
     prefix + name for prefix in ("", "items_") for name in ("total", "completed", "failed", "crashed", "cancelled")
 )
+_OF_PROGRESS = (
+    "id", "name", "status", "round", "created_at", "started_at", "finished_at", "paused_at", "pause_reason",
+)  # fmt: skip
 _PAGE = 1000
 
 
@@ -87,7 +90,7 @@ class Queries(Connected):
         )
         until = sa.func.coalesce(batch.c.finished_at, now())
         query = sa.select(
-            *(batch.c[name] for name in ("id", "name", "status", "round", "created_at", "started_at", "finished_at")),
+            *(batch.c[name] for name in _OF_PROGRESS),
             *(sums.c[name] for name in _COUNTS),
             running.label("running"),
             age(batch.c.started_at, until).label("seconds"),
@@ -301,6 +304,7 @@ def _progress(row: Any) -> Progress:
         pending=counts["total"] - settled - running, running=running, **counts,
         created_at=row.created_at, started_at=row.started_at, finished_at=row.finished_at,
         seconds=None if row.seconds is None else float(row.seconds),
+        paused_at=row.paused_at, pause_reason=row.pause_reason,
     )  # fmt: skip
 
 

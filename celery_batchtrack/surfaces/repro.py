@@ -103,7 +103,7 @@ def _callback(extension: BatchTrack, row: ChildRow) -> Call:
     if declared.get("errback") is not None and not declared.get("immutable"):
         raise Unrepeatable(f"#{row.position} is an errback of Celery's: it is given an exception, which no file holds")
     try:
-        args, kwargs, _ = publish.call_of(dispatch._message(extension.tracker, Outgoing(row, batch)))
+        args, kwargs, _ = publish.call_of(dispatch.message_of(extension.tracker, Outgoing(row, batch)))
         text = codec.dumps({"args": args, "kwargs": kwargs})
     except (ValueError, TypeError, LookupError) as error:
         raise Unrepeatable(f"what the batch gives to {row.kind} #{row.position} cannot be made: {error}") from error

@@ -41,10 +41,12 @@ class CrashPolicy:
         max_crashes: the death that ends a child under policies that run it again; default `batchtrack_max_crashes`.
         backoff: seconds before it runs again, doubling with each death, at most 5 minutes; default
             `batchtrack_retry_backoff`.
-        isolate: a child whose worker died together with others is nobody's culprit: it runs again without a strike,
-            alone in its worker, from a queue of its own (its queue's name and ``.isolated``).
+        isolate: a child whose whole worker died together with others is nobody's culprit: whatever `on_crash` says, it
+            runs again without a strike, alone in its worker, from a queue of its own (its queue's name and
+            ``.isolated``). "Alone" is said of tracked children.
         oom_queue: a child that died of memory goes on in this queue, once.
-        quarantine_after: an item that killed so many times, over all batches, is not sent again.
+        quarantine_after: an item that killed so many times, over all batches, is not sent again. Its identifier must
+            name it over all batches, whatever the other arguments are.
         max_splits: how many deaths the items of one header position may spend on bisection.
 
     Errors: InvalidOption for wrong values.
@@ -204,6 +206,8 @@ class Death:
     signal: str | None = None
     #: Other runs that went down with the same worker, so that any of them may be the culprit.
     others: int = 0
+    #: It ran alone, since it was a suspect before.
+    isolated: bool = False
     queue: str | None = None
     items: int = 1
     #: Index of the item in hand among the child's items; None where it is not known.
@@ -249,12 +253,13 @@ def judge(policy: RowPolicy, death: Death) -> Judgement:
         return Judgement(Action.RUN_AGAIN, queue=oom_queue)
     if policy.isolate and death.others and death.cause is Cause.WORKER_LOST:
         return Judgement(Action.RUN_AGAIN, strike=False, isolated=True)
-    again = Judgement(Action.RUN_AGAIN, isolated=policy.isolate)
+    isolated = policy.isolate and (death.isolated or death.cause is Cause.WORKER_LOST)
+    again = Judgement(Action.RUN_AGAIN, isolated=isolated)
     last = death.crashes + 1 >= policy.max_crashes
     if policy.splits:
         if not _is_its_own(death) and not last:
             return again
-        return _split(policy, death)
+        return _split(policy, death, isolated=isolated)
     return again if not last and _allows(policy, death.cause) else CRASHED
 
 
@@ -273,7 +278,7 @@ def _is_its_own(death: Death) -> bool:
     return death.cause in (Cause.OOM, Cause.EXIT, Cause.TIME_LIMIT, Cause.STALLED)
 
 
-def _split(policy: RowPolicy, death: Death) -> Judgement:
+def _split(policy: RowPolicy, death: Death, *, isolated: bool) -> Judgement:
     """Nothing is split on a lease verdict alone, nor for a report that was lost."""
     shared = death.verdict is Verdict.LEASE or death.cause is Cause.SETTLE_LOST
     if shared or death.items <= 1 or policy.items is None:
@@ -281,7 +286,7 @@ def _split(policy: RowPolicy, death: Death) -> Judgement:
     action = _how_to_split(policy.on_crash, death)
     if action is Action.BISECT and death.splits >= policy.max_splits:
         return CRASHED
-    return Judgement(action, isolated=policy.isolate)
+    return Judgement(action, isolated=isolated)
 
 
 def _how_to_split(on_crash: str, death: Death) -> Action:

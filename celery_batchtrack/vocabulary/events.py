@@ -108,6 +108,14 @@ class FollowUpFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class VerdictFailed:
+    """The verdict about a dead child's run could not be written, for a reason of its own."""
+
+    key: ChildKey
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class SpoolDelivered:
     key: ChildKey
     written: bool
@@ -180,5 +188,5 @@ class StacksMissing:
 Event = (
     ChildSettled | ChildCrashed | VerdictOverturned | LateWrite | BatchEnded | Redispatched | PublishFailed
     | WorkerLost | ClaimRefused | DatabaseAway | FollowUpFailed | SpoolDelivered | ZombieTerminated | BatchPaused
-    | BatchResumed | Quarantined | Withheld | Stalled | BlackBoxMissing | StacksMissing
+    | BatchResumed | Quarantined | Withheld | Stalled | BlackBoxMissing | StacksMissing | VerdictFailed
 )  # fmt: skip

@@ -227,6 +227,8 @@ class Release:
     eta: datetime | None = None
     retries: int | None = None
     signature: str | None = None
+    #: Identifiers of the changed signature's items: they count only if they are as many as before.
+    items: tuple[str, ...] | None = None
     sent: bool = False
     evidence: Evidence | None = None
 
@@ -360,6 +362,8 @@ class Progress:
     started_at: datetime | None
     finished_at: datetime | None
     seconds: float | None  # database time since started_at, until finished_at
+    paused_at: datetime | None = None
+    pause_reason: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -396,7 +400,7 @@ class Progress:
             id=str(self.batch_id), batch_id=str(self.batch_id),
             progress_percent=self.percent, percent=self.percent, rate=self.rate, eta=self.eta,
         )  # fmt: skip
-        for name in ("created_at", "started_at", "finished_at"):
+        for name in ("created_at", "started_at", "finished_at", "paused_at"):
             values[name] = isoformat(values[name])
         return values
 

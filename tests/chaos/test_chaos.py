@@ -131,7 +131,7 @@ class Monkey:
         tracker, row = self.scene.batchtrack.tracker, self.batch.row
         rows = [child.row for child in self.batch.children()]
         again = [Outgoing(each, row) for each in self.dice.sample(rows, 15)]
-        tracker.publisher.publish([dispatch._message(tracker, each) for each in again])
+        tracker.publisher.publish([dispatch.message_of(tracker, each) for each in again])
 
     def sweep(self) -> None:
         self.scene.batchtrack.sweep()
