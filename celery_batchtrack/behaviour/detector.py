@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -107,9 +108,12 @@ class Reconciler:
     worker: WorkerIdentity
     boxes: Boxes
     kill: Callable[[int, int], None] = os.kill
-    _orphans: set[tuple[ChildKey, uuid.UUID]] = field(default_factory=set)
+    #: Seconds for which a process is gone before it is judged here: the main process sees it sooner, and knows how.
+    patience: float = 0.0
+    clock: Callable[[], float] = time.monotonic
+    _orphans: dict[tuple[ChildKey, uuid.UUID], float] = field(default_factory=dict)
     _zombies: dict[tuple[ChildKey, uuid.UUID], int] = field(default_factory=dict)
-    _dead_stacks: set[Path] = field(default_factory=set)
+    _left_behind: set[Path] = field(default_factory=set)
 
     def beat(self) -> None:
         """One comparison: rows first, then pages."""
@@ -118,34 +122,36 @@ class Reconciler:
         pages = {slot: blackbox.read(path) for slot, path in self.boxes.pages()}
         self._convict_orphans(rows, pages)
         self._terminate_zombies(rows, pages)
-        self._drop_pages_of_the_dead(rows, pages)
+        self._drop_what_the_dead_left(rows, pages)
 
-    def _drop_pages_of_the_dead(self, rows: list[ChildRow], pages: dict[str, PageState | None]) -> None:
-        """Of processes that were killed while idle: nothing asks for their pages any more."""
+    def _drop_what_the_dead_left(self, rows: list[ChildRow], pages: dict[str, PageState | None]) -> None:
+        """Pages and stacks of processes that were killed while idle: nothing asks for them any more. On the second
+        beat: a death may still wait to be judged, of a run that was claimed after the rows were read."""
         in_use = {row.slot for row in rows}
-        for slot in pages:
-            if slot not in in_use and _slot_gone(slot) is True:
-                self.boxes.drop(slot)
         processes = {slot_process(slot) for slot in in_use if slot is not None}
         dead = {
+            path for slot, path in self.boxes.pages()
+            if slot in pages and slot not in in_use and _slot_gone(slot) is True
+        } | {
             path for pid, started, path in self.boxes.stacks()
             if (pid, started) not in processes and hosts.gone(pid, started) is True
         }  # fmt: skip
-        for path in dead & self._dead_stacks:  # on the second beat: its death may still wait to be judged
-            path.unlink(missing_ok=True)
-        self._dead_stacks = dead
+        for path in dead & self._left_behind:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        self._left_behind = dead
 
     def _convict_orphans(self, rows: list[ChildRow], pages: dict[str, PageState | None]) -> None:
-        seen: set[tuple[ChildKey, uuid.UUID]] = set()
+        seen: dict[tuple[ChildKey, uuid.UUID], float] = {}
         for row in rows:
             if row.slot is None or row.run_token is None:
                 continue
             why = self._why_orphan(row.slot, row.run_token, pages)
             if why is None:
                 continue
-            identity = (row.key, row.run_token)
-            seen.add(identity)
-            if identity in self._orphans:
+            identity, moment = (row.key, row.run_token), self.clock()
+            since = seen[identity] = self._orphans.get(identity, moment)
+            if identity in self._orphans and (why != "gone" or moment - since >= self.patience):
                 self._convict(row, why, pages)
         self._orphans = seen
 

@@ -118,6 +118,7 @@ class KernelKills:
     def __init__(self) -> None:
         self._log = self._open_log()
         self._named: dict[int, int] = {}  # pid: resident bytes
+        self._named_before: set[int] = set()
         self._counters: dict[Path, int] = {}
         self._at_last_look: dict[Path, int] = {}
         self._files_of: dict[int, set[Path]] = {}
@@ -150,6 +151,11 @@ class KernelKills:
         for path in _cgroup_files("self").union(*self._files_of.values()):
             self._counters.setdefault(path, _count(path) or 0)
         if forget:
+            if self._log is not None:
+                self._read_log()
+            for pid in self._named_before:  # nobody has asked since the last look: somebody else's process
+                self._named.pop(pid, None)
+            self._named_before = set(self._named)
             for path in self._counters:
                 self._counters[path] = max(self._counters[path], self._at_last_look.get(path, 0))
             self._at_last_look = {path: _count(path) or 0 for path in self._counters}

@@ -21,8 +21,6 @@ from .folders import Boxes
 from .identity import WorkerIdentity
 from .tracker import Tracker
 
-#: A look that comes so many seconds late says that this process stood still too (SIGSTOP, a suspended laptop).
-_LATE = 2.0
 #: How long a process may take to write its stack, and to end.
 _STACK_PATIENCE, _END_PATIENCE = 0.5, 5.0
 
@@ -47,18 +45,16 @@ class StallWatch:
     kill: Callable[[int, int], None] = os.kill
     pause: Callable[[float], None] = time.sleep
     _seen: dict[str, _Seen] = field(default_factory=dict)
-    _last: float | None = None
 
-    def look(self) -> list[Death]:
-        """End the processes of runs that stand still. Their deaths are to be judged by the caller."""
+    def look(self, *, anew: bool = False) -> list[Death]:
+        """End the processes of runs that stand still. Their deaths are to be judged by the caller. `anew` restarts all
+        clocks: this process stood still too."""
         moment = self.clock()
-        late = self._last is not None and moment - self._last > self.interval + _LATE
-        self._last = moment
         pages = dict(self._running())
         self._seen = {slot: each for slot, each in self._seen.items() if slot in pages}
         deaths = []
         for slot, page in pages.items():
-            stalled = self._stands_still(slot, page, moment, anew=late)
+            stalled = self._stands_still(slot, page, moment, anew=anew)
             if stalled is not None:
                 deaths += self._end(slot, page, stalled)
         return deaths

@@ -37,6 +37,10 @@ Job = Callable[[], object]
 
 #: Seconds between two looks for batches whose retention is over.
 _PRUNE_EVERY = 3600.0
+#: Seconds within which the main process has heard of the death of a pool process, and how it was.
+_OWN_NEWS = 2.0
+#: A wait that took so many seconds too long says that this process stood still (SIGSTOP, a suspended laptop).
+_OVERSLEPT = 2.0
 #: Deaths by SIGKILL that are told twice are explained once; of so many the answer is remembered.
 _REMEMBERED = 64
 
@@ -103,12 +107,14 @@ class Attendant:
         self.stalls = StallWatch(tracker, worker, boxes)
         self._kernel, self._peaks = KernelKills(), Peaks()
         self._explained: collections.OrderedDict[int, Kill | None] = collections.OrderedDict()
-        self.reconciler = Reconciler(tracker, worker, boxes)
+        self.reconciler = Reconciler(tracker, worker, boxes, patience=_OWN_NEWS)
         self.sweeper = Sweeper(tracker, worker.name, boxes.base, worker)
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: collections.deque[Job] = collections.deque()
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
+        self._overslept = False
+        self._explained_before: set[int] = set()
 
     # -- hooks: called on the hub, so they only queue ---------------------------------------------
 
@@ -188,7 +194,7 @@ class Attendant:
         while not self._closing.is_set():
             pause = min(0.5, due - time.monotonic()) if self._waiting else due - time.monotonic()
             self._take(max(0.0, min(pause, self.stalls.interval)))
-            self._guarded(self._end_stalled)
+            self._guarded(self._look_at_runs)
             if time.monotonic() >= due:
                 due = time.monotonic() + heartbeat
                 self._guarded(self._look_at_processes)
@@ -206,16 +212,21 @@ class Attendant:
                 self.tracker.store.suspect_now(other.id)  # the name proves nothing: two may share it
         self.sweeper.sweep()
 
-    def _end_stalled(self) -> None:
-        for death in self.stalls.look():  # before the pool's own news of it, which only know the signal
+    def _look_at_runs(self) -> None:
+        """Each second: who takes how much memory, and who stands still."""
+        self._peaks.sample({blackbox.slot_process(slot)[0] for slot, _ in self.boxes.pages()})
+        for death in self.stalls.look(anew=self._overslept):  # before the pool's own news, which know but the signal
             self._waiting.append(partial(self._judge, death))
             self._work_off()
 
     def _look_at_processes(self) -> None:
         """What can be asked only while they live."""
         pids = {blackbox.slot_process(slot)[0] for slot, _ in self.boxes.pages()}
-        self._peaks.sample(pids)
         self._kernel.look(pids, forget=not self._waiting)
+        if not self._waiting:  # explained, told twice, and judged: the pid may come again
+            for pid in self._explained_before:
+                self._explained.pop(pid, None)
+            self._explained_before = set(self._explained)
 
     def _sweep_if_overdue(self) -> None:
         if self.sweeper.overdue():
@@ -223,12 +234,14 @@ class Attendant:
 
     def _take(self, timeout: float) -> None:
         """Wait for a job, then do all there are, in order. What the database refuses now waits."""
+        began = time.monotonic()
         try:
             job = self._inbox.get(timeout=timeout) if timeout else self._inbox.get_nowait()
             if job is not None:
                 self._waiting.append(job)
         except queue.Empty:
             pass
+        self._overslept = time.monotonic() - began > timeout + _OVERSLEPT
         self._drain_inbox()
         self._work_off()
 

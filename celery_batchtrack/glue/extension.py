@@ -34,7 +34,7 @@ from celery_batchtrack.vocabulary.settings import Settings
 from . import codec, configuration, declare, narrate, signatures, worker
 from .attendant import Attendant, Pulse
 from .embedded import alias
-from .isolation import Gate, IsolatedQueues
+from .isolation import Gate, IsolatedQueues, send_back
 from .publish import AppPublisher
 from .request import TrackedRequest
 from .tracked_task import track
@@ -120,7 +120,7 @@ class BatchTrack:
         app = self.app
         app.steps["worker"].add(worker.AttendanceStep)
         app.steps["consumer"].add(worker.UndecodableStep)
-        app.steps["consumer"].add(worker.IsolationStep)
+        app.steps["consumer"].add(worker.LoopStep)
         worker.connect(self)
         self._define_tasks()
         app.on_after_configure.connect(self._schedule, weak=False)
@@ -278,7 +278,7 @@ class BatchTrack:
         self.isolated_queues = IsolatedQueues()
         self._pulse = Pulse(tracker, identity)
         self.attendant = Attendant(tracker, identity, boxes, self._adopt_isolated)
-        self.gate = Gate(tracker.settings.isolation_patience, self.attendant.gives_way)
+        self.gate = Gate(tracker.settings.isolation_patience, self.attendant.gives_way, send_back)
         if pool != "prefork":
             self._keep_stacks()  # its children run in this very process
 

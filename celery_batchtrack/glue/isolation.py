@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery.worker import state
 
@@ -24,23 +24,37 @@ logger = logging.getLogger("celery_batchtrack")
 _Start = Callable[[], object]
 
 
+class _Waiting(NamedTuple):
+    request: Any
+    start: _Start
+    since: float
+
+
 class Gate:
     """Holds tasks back while a suspect waits for its turn, or has it. All calls come from the main process's loop
     (or its timer's thread, where it has none)."""
 
-    def __init__(self, patience: float, give_way: Callable[[Any], None], clock: Callable[[], float] = time.monotonic):
-        self._patience, self._give_way, self._clock = patience, give_way, clock
+    def __init__(
+        self, patience: float, give_way: Callable[[Any], None], send_back: Callable[[Any], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._patience, self._give_way, self._send_back, self._clock = patience, give_way, send_back, clock
         self._lock = threading.RLock()
-        self._suspects: collections.deque[tuple[Any, _Start, float]] = collections.deque()
-        self._held: collections.deque[tuple[Any, _Start]] = collections.deque()
+        self._suspects: collections.deque[_Waiting] = collections.deque()
+        self._held: collections.deque[_Waiting] = collections.deque()
         self._alone: weakref.ref[Any] | None = None
+        #: What kept the last suspect waiting for too long. Until it ends, no other needs to try.
+        self._long: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def guarding(self, process: Callable[[Any], object]) -> Callable[[Any], None]:
         """What hands a request to the pool, behind the gate. (Celery's own Request class overrides whatever a mixin
         says of its start, so the gate stands before it.)"""
 
         def process_in_turn(request: Any) -> None:
-            if self.lets_through(request, isolated=_is_suspect(request)):
+            suspect = _is_suspect(request)
+            if suspect and self._is_hopeless():
+                self._give_way(request)
+            elif self.lets_through(request, isolated=suspect):
                 process(request)
             else:
                 self.hold(request, lambda: process(request))
@@ -62,10 +76,8 @@ class Gate:
     def hold(self, request: Any, start: _Start) -> None:
         """Keep a request until the gate is open for it. Its message is not acknowledged meanwhile."""
         with self._lock:
-            if _is_suspect(request):
-                self._suspects.append((request, start, self._clock()))
-            else:
-                self._held.append((request, start))
+            waiting = self._suspects if _is_suspect(request) else self._held
+            waiting.append(_Waiting(request, start, self._clock()))
 
     def tick(self) -> None:
         """Start what may start. Called several times a second."""
@@ -76,13 +88,12 @@ class Gate:
             if self._alone is not None and not self._is_active(self._alone()):
                 self._alone = None
             self._hurry()
-            if self._alone is None and self._suspects and not self._others(self._suspects[0][0]):
-                request, start, _ = self._suspects.popleft()
-                self._alone = weakref.ref(request)
-                start()
+            if self._alone is None and self._suspects and not self._others(self._suspects[0].request):
+                suspect = self._suspects.popleft()
+                self._alone = weakref.ref(suspect.request)
+                suspect.start()
             while self._held and not self._closed():
-                _, start = self._held.popleft()
-                start()
+                self._held.popleft().start()
 
     def _closed(self) -> bool:
         return bool(self._suspects) or (self._alone is not None and self._is_active(self._alone()))
@@ -90,21 +101,39 @@ class Gate:
     def _is_active(self, request: Any) -> bool:
         return request is not None and request in state.reserved_requests
 
-    def _others(self, request: Any) -> bool:
-        """Whether anything else was handed to the pool and is not over."""
-        waiting = {id(each[0]) for each in (*self._suspects, *self._held)} | {id(request)}
-        return any(id(each) not in waiting for each in list(state.reserved_requests))
+    def _others(self, request: Any) -> list[Any]:
+        """What else was handed to the pool and is not over."""
+        waiting = {id(each.request) for each in (*self._suspects, *self._held)} | {id(request)}
+        while True:
+            try:
+                return [each for each in state.reserved_requests if id(each) not in waiting]
+            except RuntimeError:  # another thread's request just ended
+                continue
+
+    def _is_hopeless(self) -> bool:
+        return any(self._is_active(each) for each in list(self._long))
 
     def _forget_the_gone(self) -> None:
         """After a lost connection Celery forgets what it has reserved: the broker delivers it again."""
-        self._suspects = collections.deque(each for each in self._suspects if self._is_active(each[0]))
-        self._held = collections.deque(each for each in self._held if self._is_active(each[0]))
+        self._suspects = collections.deque(each for each in self._suspects if self._is_active(each.request))
+        self._held = collections.deque(each for each in self._held if self._is_active(each.request))
 
     def _hurry(self) -> None:
-        """A worker that is never free must not stand still for a suspect: it gives way, and is sent again later."""
-        while self._suspects and self._alone is None and self._clock() - self._suspects[0][2] > self._patience:
-            request, _, _ = self._suspects.popleft()
-            self._give_way(request)
+        """A worker that is never free must not stand still for a suspect: it gives way, and is sent again later. Nor
+        must others wait for a suspect that runs for long: they go back to the broker, for another worker."""
+        late = self._clock() - self._patience
+        while self._suspects and self._suspects[0].since < late:
+            suspect = self._suspects.popleft()
+            self._long = weakref.WeakSet(self._others(suspect.request))
+            self._give_way(suspect.request)
+        while self._alone is not None and self._held and self._held[0].since < late:
+            self._send_back(self._held.popleft().request)
+
+
+def send_back(request: Any) -> None:
+    """Give a message that was never begun back to the broker."""
+    request.reject(requeue=True)
+    state.task_ready(request)
 
 
 def _is_suspect(request: Any) -> bool:
@@ -143,4 +172,4 @@ def _consume(consumer: Any, queue: str) -> None:
         logger.exception("action=isolated_queue %s cannot be consumed here: another worker has to", queue)
 
 
-__all__ = ["Gate", "IsolatedQueues"]
+__all__ = ["Gate", "IsolatedQueues", "send_back"]

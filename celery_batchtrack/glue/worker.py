@@ -57,11 +57,6 @@ class AttendanceStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, worker: Any) -> None:
         worker.app.batchtrack.attend()
         _watch_exits(getattr(worker.pool, "_pool", None), worker.app.batchtrack)
-        hub = getattr(worker, "hub", None)
-        if hub is not None and hasattr(worker.pool, "maintain_pool"):
-            hub.call_repeatedly(_MAINTAIN_POOL_EVERY, worker.pool.maintain_pool)
-        if worker.app.batchtrack.gate is not None:
-            worker.timer.call_repeatedly(_MAINTAIN_POOL_EVERY, worker.app.batchtrack.gate.tick)
 
     def stop(self, worker: Any) -> None:
         """Nothing: Celery stops dependents first, and the pool's children are still running."""
@@ -123,13 +118,27 @@ class UndecodableStep(bootsteps.StartStopStep):  # type: ignore[misc]
         consumer.on_decode_error = on_decode_error
 
 
-class IsolationStep(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Shows the consumer to who adds suspects' queues to it."""
+class LoopStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """What is done in the worker's loop again and again, from each connection on: Celery 5.5 forgets all timers when
+    it loses one. And it shows the consumer to who adds suspects' queues to it."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        super().__init__(consumer, **kwargs)
+        self._entries: list[Any] = []
+
     def start(self, consumer: Any) -> None:
-        consumer.app.batchtrack.isolated_queues.attach(consumer)
+        extension, worker = consumer.app.batchtrack, consumer.controller
+        extension.isolated_queues.attach(consumer)
+        for entry in self._entries:
+            entry.cancel()
+        self._entries = []
+        hub = getattr(worker, "hub", None)
+        if hub is not None and hasattr(worker.pool, "maintain_pool"):
+            self._entries.append(hub.call_repeatedly(_MAINTAIN_POOL_EVERY, worker.pool.maintain_pool))
+        if extension.gate is not None:
+            self._entries.append(worker.timer.call_repeatedly(_MAINTAIN_POOL_EVERY, extension.gate.tick))
 
 
 def refused(app: Any, message: Any, text: str) -> None:

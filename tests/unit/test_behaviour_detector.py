@@ -327,7 +327,24 @@ def test_other_workers_rows_are_none_of_its_business(scene: Scene, reconciler: R
 def test_pages_of_dead_processes_go(scene: Scene, bench: Bench, reconciler: Reconciler) -> None:
     page(bench, dead_slot())
     reconciler.beat()
+    assert len(list(bench.boxes.pages())) == 1, "its death may still wait to be judged"
+    reconciler.beat()
     assert list(bench.boxes.pages()) == []
+
+
+def test_a_process_that_is_gone_is_left_to_the_main_process_for_a_moment(
+    scene: Scene, tracker: Told, bench: Bench
+) -> None:
+    """Which sees how it died; here only that it did is known."""
+    moments = iter([100.0, 100.5, 101.9, 102.0])
+    patient = Reconciler(tracker, bench.worker, bench.boxes, patience=2.0, clock=lambda: next(moments))
+    batch_id = scene.batch(1)
+    scene.run(batch_id, slot=dead_slot(), worker=bench.worker.id)
+    for _ in range(3):
+        patient.beat()
+        assert scene.statuses(batch_id) == ["running"]
+    patient.beat()
+    assert scene.statuses(batch_id) == ["crashed"]
 
 
 # -- 3, the reverse: zombies -----------------------------------------------------------------------

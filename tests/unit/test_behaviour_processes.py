@@ -111,12 +111,15 @@ def test_a_page_read_while_it_is_written_is_never_a_mixture(page: Page) -> None:
                 page.enter(key, token)
 
     writer = threading.Thread(target=write)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # or each system call of the reader waits for the writer to let go
     writer.start()
     try:
         seen = [state for _ in range(2000) if (state := _read(page)) is not None and state.key is not None]
     finally:
         stop.set()
         writer.join()
+        sys.setswitchinterval(interval)
     assert seen and all(runs[state.key] == state.token for state in seen if state.key)
 
 

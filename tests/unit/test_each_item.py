@@ -139,7 +139,21 @@ def test_the_flags_say_whether_it_is_the_declared_list_and_what_was_promised(app
             found.append((item.declared, item.promised))
 
     assert Child(app, act).completed()
-    assert found == [(True, False), (True, True), (False, False), (False, True)]
+    assert found == [(True, False), (True, True), (True, False), (False, True)], "a copy has the same items"
+
+
+def test_a_list_that_the_task_has_sorted_is_not_the_declared_one_any_more(app: Celery) -> None:
+    found: list[bool] = []
+
+    def act(docs: Any) -> None:
+        docs.reverse()
+        for _ in each_item(docs):
+            item = page().item
+            assert item is not None
+        found.append(item.declared)
+
+    assert Child(app, act).completed()
+    assert found == [False], "an index in it would name another item"
 
 
 def test_the_declared_list_is_recognised_in_whichever_argument_it_stands(app: Celery) -> None:

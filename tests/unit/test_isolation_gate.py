@@ -33,11 +33,16 @@ class Worker:
         self.ran: list[str] = []
         self.gave_way: list[str] = []
         self.known: dict[str, Request] = {}
-        self.gate = Gate(PATIENCE, self._give_way, lambda: self.now)
+        self.sent_back: list[str] = []
+        self.gate = Gate(PATIENCE, self._give_way, self._send_back, lambda: self.now)
         self._process: Callable[[Any], None] = self.gate.guarding(lambda request: self.ran.append(request.name))
 
     def _give_way(self, request: Request) -> None:
         self.gave_way.append(request.name)
+        state.task_ready(request)
+
+    def _send_back(self, request: Request) -> None:
+        self.sent_back.append(request.name)
         state.task_ready(request)
 
     def gets(self, *names: str) -> None:
@@ -133,26 +138,41 @@ def test_a_worker_that_is_never_free_does_not_stand_still_for_a_suspect(worker: 
     assert worker.ran[-1] == "c", "the gate is open again"
 
 
-def test_patience_is_each_suspects_own(worker: Worker) -> None:
+def test_what_kept_a_suspect_waiting_is_not_waited_for_again(worker: Worker) -> None:
+    """Suspects that come one after the other must not keep a worker shut beside one long task."""
+    worker.gets("long", "S1")
+    worker.now += PATIENCE + 1
+    worker.tick()
+    assert worker.gave_way == ["S1"]
+    worker.gets("S2", "a")
+    assert worker.gave_way == ["S1", "S2"] and worker.ran == ["long", "a"], "at once, and nobody is held"
+    worker.ends("long", "a")
+    worker.gets("S3")
+    assert worker.ran[-1] == "S3"
+
+
+def test_suspects_that_came_later_give_way_with_the_first(worker: Worker) -> None:
     worker.gets("long", "S1")
     worker.now += PATIENCE - 1
     worker.gets("S2", "a")
     worker.now += 2
     worker.tick()
-    assert worker.gave_way == ["S1"] and worker.ran == ["long"], "S2 has only begun to wait"
+    assert worker.gave_way == ["S1"]
     worker.now += PATIENCE
     worker.tick()
     assert worker.gave_way == ["S1", "S2"] and worker.ran == ["long", "a"]
 
 
-def test_a_suspect_that_runs_alone_may_take_its_time(worker: Worker) -> None:
+def test_who_waits_for_long_behind_a_running_suspect_goes_elsewhere(worker: Worker) -> None:
     worker.gets("S1", "S2", "a")
     worker.now += PATIENCE * 10
     worker.tick()
-    assert worker.gave_way == [] and worker.ran == ["S1"]
+    assert worker.gave_way == ["S2"] and worker.sent_back == ["a"] and worker.ran == ["S1"]
+    worker.gets("S3", "b")
+    assert worker.gave_way == ["S2", "S3"], "S1 still runs"
     worker.ends("S1")
     worker.tick()
-    assert worker.gave_way == ["S2"] and worker.ran == ["S1", "a"], "but who waited too long is sent again"
+    assert worker.ran == ["S1", "b"]
 
 
 def test_after_a_lost_connection_nothing_that_was_held_is_started(worker: Worker) -> None:

@@ -285,7 +285,7 @@ def test_a_look_that_comes_late_blames_nobody(
     subject = subjects(timeout=5.0)
     watch.look()
     clock.now += 100
-    assert watch.look() == [] and subject.alive, "the clocks start anew"
+    assert watch.look(anew=True) == [] and subject.alive, "the clocks start anew"
     for _ in range(4):
         clock.now += 1
         assert watch.look() == []
@@ -432,10 +432,10 @@ def test_a_stall_stays_one_though_the_database_is_away_and_the_pool_tells_of_a_m
     scene.set_child(claimed.key, slot=subject.slot)
     attendant = Attendant(tracker, bench.worker, bench.boxes)
     attendant.stalls = StallWatch(tracker, bench.worker, bench.boxes, interval=TIMEOUT, clock=clock)
-    attendant._end_stalled()
+    attendant._look_at_runs()
     clock.now += TIMEOUT
     with away(tmp_path / "batchtrack.db") as other:
-        attendant._end_stalled()
+        attendant._look_at_runs()
         assert not subject.alive and scene.statuses(batch_id) == ["running"]
         attendant.died(Death(subject.pid, None, Cause.SIGNAL, signal="SIGKILL"))
         attendant._take(0.0)

@@ -265,8 +265,16 @@ def test_who_was_alone_gets_its_strike_and_runs_alone_again() -> None:
 
 
 def test_a_process_that_died_by_itself_is_the_culprit_however_many_were_near() -> None:
-    assert judge(policy("skip", isolate=True), death(others=3)) == Judgement(Action.SKIP, isolated=True)
-    assert judge(policy("retry", isolate=True), death(others=3)) == Judgement(Action.RUN_AGAIN, isolated=True)
+    """It took nobody along: so neither it nor its successors need a worker of their own."""
+    assert judge(policy("skip", isolate=True), death(others=3)) == Judgement(Action.SKIP, isolated=False)
+    assert judge(policy("retry", isolate=True), death(others=3)) == Judgement(Action.RUN_AGAIN, isolated=False)
+
+
+def test_a_suspect_stays_one_until_it_is_cleared() -> None:
+    suspect = death(isolated=True)
+    assert judge(policy("skip", isolate=True), suspect) == Judgement(Action.SKIP, isolated=True)
+    assert judge(policy("retry", isolate=True), suspect) == Judgement(Action.RUN_AGAIN, isolated=True)
+    assert judge(policy("retry"), suspect) == Judgement(Action.RUN_AGAIN, isolated=False), "unless nobody asks for it"
 
 
 def test_without_isolate_every_death_is_a_strike() -> None:
