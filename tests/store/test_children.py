@@ -298,6 +298,21 @@ def test_a_retry_that_celery_sent_for_now_is_published_again(scene: Scene) -> No
         assert [each.child.attempt for each in scene.store.take_undispatched(None, 10)] == [1], how
 
 
+@pytest.mark.parametrize(
+    ("names", "kept"), [(("b", "a"), ["b", "a"]), (("a",), []), ((), []), (None, ["doc-0-0", "doc-0-1"])]
+)
+def test_a_release_with_other_arguments_tells_their_items_if_they_are_as_many(
+    scene: Scene, names: tuple[str, ...] | None, kept: list[str]
+) -> None:
+    """The counts stand; with other identifiers a crash would convict, and hand on, items under wrong names."""
+    batch_id = scene.batch(some(1, items=2))
+    run = scene.run(batch_id)
+    assert scene.store.release(run.key, run.token, Release(signature='{"args": [["b", "a"]]}', items=names))
+    row = scene.row(run.key)
+    assert (row.items, row.item_count) == (kept, 2)
+    assert scene.violations() == {}
+
+
 def test_a_release_with_evidence_records_the_attempt_that_did_not_complete(scene: Scene) -> None:
     claimed = scene.run(scene.batch(1))
     scene.store.release(claimed.key, claimed.token, Release(evidence=Evidence(Cause.RETRY, message="later")))

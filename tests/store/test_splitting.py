@@ -19,6 +19,7 @@ from tests.store.kit import (
     RETRY,
     SEGFAULT,
     SET_ASIDE,
+    SILENCE,
     Scene,
     add_up,
     counts,
@@ -625,6 +626,16 @@ LOST = Evidence(Cause.WORKER_LOST, detected_by=Detector.HOST)
 
 def _lost_with(scene: Scene, worker: uuid.UUID) -> Evidence:
     return replace(LOST, worker_id=worker)
+
+
+def test_its_own_earlier_attempts_are_nobody_else(scene: Scene) -> None:
+    """Alone, it would never use up its strikes."""
+    batch_id = scene.batch(1)
+    for _ in range(3):
+        run = scene.run(batch_id)
+        assert scene.store.others_lost_with(scene.row(run.key)) == 0
+        lost = replace(SILENCE, worker_id=scene.worker_id, detected_by=Detector.HOST)
+        scene.crash(run, again=0.0, evidence=lost)
 
 
 def test_others_lost_with_a_run_are_those_still_to_be_judged_and_those_that_were(scene: Scene) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -322,6 +323,30 @@ def test_other_workers_rows_are_none_of_its_business(scene: Scene, reconciler: R
     reconciler.beat()
     reconciler.beat()
     assert scene.statuses(batch_id) == ["running"]
+
+
+def test_one_verdict_that_cannot_be_written_holds_nobody_up(
+    scene: Scene, tracker: Told, sweeper: Sweeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = scene.batch(2)
+    dead = scene.worker()
+    for position in (0, 1):
+        scene.run(batch_id, position, worker=dead)
+    scene.store.stop(dead)
+    verdict = recovery.run_died
+
+    def fails_for_one(told: Any, row: Any, *more: Any) -> bool:
+        if row.position == 0:
+            raise ValueError("out of range")
+        return verdict(told, row, *more)
+
+    monkeypatch.setattr(recovery, "run_died", fails_for_one)
+    sweeper.sweep()
+    assert scene.statuses(batch_id) == ["running", "crashed"]
+    assert [event.error for event in tracker.of(events.VerdictFailed)] == ["ValueError: out of range"]
+    monkeypatch.undo()
+    sweeper.sweep()
+    assert scene.statuses(batch_id) == ["crashed", "crashed"]
 
 
 def test_pages_of_dead_processes_go(scene: Scene, bench: Bench, reconciler: Reconciler) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from celery_batchtrack.behaviour import dispatch, finish, recovery, report
+from celery_batchtrack.behaviour import dispatch, finish, recovery, report, results
 from celery_batchtrack.behaviour.handover import item_hash
 from celery_batchtrack.store import Store
 from celery_batchtrack.store.clock import later
@@ -218,6 +218,21 @@ def test_quarantined_items_are_withheld_at_the_first_publish_and_again(scene: Sc
     (released,) = scene.store.release_from_quarantine(items=["bad"])
     assert released.state == "released"
     assert add_up(scene, batch_id)
+
+
+def test_what_is_left_of_a_quarantined_child_is_its_result_without_a_merge(scene: Scene, tracker: Told) -> None:
+    """Its policy never splits otherwise, so its task need not say how parts become one."""
+    policy = {"on_crash": "retry", "max_crashes": 3, "process": True, "quarantine_after": 1, "items": ["args", 0]}
+    tracker.policy_of = lambda row, batch: RowPolicy.from_option(policy)
+    batch_id = scene.batch([_child_with("a", "bad", "c"), _child_with("z")], tolerance=1)
+    first = scene.batch([_child_with("bad")])
+    killer = Killer("bad", item_hash("bad", "bad"), "", 1)
+    scene.store.crash(scene.row(scene.run(first).key), SEGFAULT, Verdict.OBSERVED, None, killer)
+    dispatch.pump(tracker, batch_id)
+    for row in scene.rows(batch_id):
+        if row.status == "pending":
+            scene.complete(scene.run(batch_id, row.position), json.dumps(row.items))
+    assert list(results.of_batch(tracker, batch_id)) == [["a", "c"], ["z"]]
 
 
 def test_a_version_of_the_application_has_a_quarantine_of_its_own(scene: Scene, tracker: Told) -> None:
