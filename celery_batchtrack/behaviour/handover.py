@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from celery_batchtrack import errors
+from celery_batchtrack.vocabulary.aftermath import Killer, Part
 from celery_batchtrack.vocabulary.crash_policy import Action, RowPolicy
 from celery_batchtrack.vocabulary.evidence import Evidence
-from celery_batchtrack.vocabulary.records import ChildRow, Killer, Part
+from celery_batchtrack.vocabulary.records import ChildRow
 from celery_batchtrack.vocabulary.states import Status
 
 from .tracker import Codec

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.aftermath import QuarantinedItem
 from celery_batchtrack.vocabulary.evidence import Evidence
-from celery_batchtrack.vocabulary.records import Outgoing, QuarantinedItem, Settled
+from celery_batchtrack.vocabulary.records import Outgoing, Settled
 from celery_batchtrack.vocabulary.states import Cause, Kind
 
 from . import ending

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.aftermath import Killer, Rerun
 from celery_batchtrack.vocabulary.crash_policy import (
     CRASHED,
     FROM_OUTSIDE,
@@ -18,7 +19,7 @@ from celery_batchtrack.vocabulary.crash_policy import (
     judge,
 )
 from celery_batchtrack.vocabulary.evidence import Evidence
-from celery_batchtrack.vocabulary.records import ChildRow, Killer, Rerun, Settled
+from celery_batchtrack.vocabulary.records import ChildRow, Settled
 from celery_batchtrack.vocabulary.states import Cause, Detector, Verdict
 
 from . import dispatch, finish, handover

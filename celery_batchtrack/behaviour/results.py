@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from celery_batchtrack.vocabulary.records import HeaderResult
+from celery_batchtrack.vocabulary.aftermath import HeaderResult
 
 from .tracker import Tracker
 

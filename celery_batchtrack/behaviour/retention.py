@@ -1,4 +1,4 @@
-"""What is over goes, when its retention is: batches with all that hangs on them, then workers nobody names."""
+"""What is over goes, when its retention is: batches with all that hangs on them, then what nobody names any more."""
 
 from __future__ import annotations
 
@@ -14,4 +14,5 @@ def prune(tracker: Tracker, keep: Mapping[str, float] | None = None) -> tuple[in
     """
     keep = tracker.settings.retention if keep is None else keep
     batches = tracker.store.prune(completed=keep["completed"], other=keep["other"])
+    tracker.store.prune_quarantine(keep["other"])
     return batches, tracker.store.prune_workers(max(keep.values()))

@@ -10,9 +10,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import exc
 
+from celery_batchtrack.vocabulary.aftermath import Killer, Rerun
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.records import ChildRow, Claimed, Ending, Killer, Refused, Release, Rerun, Settled
+from celery_batchtrack.vocabulary.records import ChildRow, Claimed, Ending, Refused, Release, Settled
 from celery_batchtrack.vocabulary.states import (
     BATCH_ALIVE,
     CRASH,

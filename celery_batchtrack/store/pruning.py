@@ -8,7 +8,7 @@ from celery_batchtrack.vocabulary.states import OPEN, BatchStatus, Kind
 
 from .clock import later
 from .engine import Connected
-from .schema import batch, child, worker
+from .schema import batch, child, quarantine, worker
 
 _CHUNK = 100
 
@@ -41,6 +41,12 @@ class Pruning(Connected):
             deleted += gone
             if gone < _CHUNK:
                 return deleted
+
+    def prune_quarantine(self, seconds: float) -> int:
+        """Forget items that have not killed for that long and are not in quarantine (one that is, stays)."""
+        old = sa.and_(quarantine.c.quarantined_at.is_(None), quarantine.c.last_at < later(-seconds))
+        with self.single() as connection:
+            return connection.execute(sa.delete(quarantine).where(old)).rowcount
 
     def prune_workers(self, seconds: float) -> int:
         """Delete workers that ended that long ago and are named by no child any more."""

@@ -8,9 +8,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from celery_batchtrack.vocabulary.aftermath import Killer, QuarantinedItem
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.records import Killer, QuarantinedItem
 
 from .clock import now
 from .engine import Connected

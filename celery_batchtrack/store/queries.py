@@ -10,8 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from celery_batchtrack import errors
+from celery_batchtrack.vocabulary.aftermath import CrashGroup, HeaderResult
 from celery_batchtrack.vocabulary.evidence import IncidentRow
-from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, CrashGroup, HeaderResult, Progress
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Progress
 from celery_batchtrack.vocabulary.states import Kind, Status
 
 from .clock import age, later, now

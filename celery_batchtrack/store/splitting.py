@@ -9,9 +9,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from celery_batchtrack.vocabulary.aftermath import Killer, Part
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.records import ChildRow, Killer, Part, Settled
+from celery_batchtrack.vocabulary.records import ChildRow, Settled
 from celery_batchtrack.vocabulary.states import (
     BATCH_ALIVE,
     SPLIT,

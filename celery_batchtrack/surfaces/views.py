@@ -7,16 +7,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from celery_batchtrack import errors
+from celery_batchtrack.vocabulary.aftermath import CrashGroup, QuarantinedItem
 from celery_batchtrack.vocabulary.evidence import IncidentRow
-from celery_batchtrack.vocabulary.records import (
-    BatchRow,
-    ChildRow,
-    CrashGroup,
-    Progress,
-    QuarantinedItem,
-    Violation,
-    WorkerRow,
-)
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Progress, Violation, WorkerRow
 from celery_batchtrack.vocabulary.states import Status
 
 if TYPE_CHECKING:

@@ -20,18 +20,10 @@ from click.testing import CliRunner, Result
 from celery_batchtrack import BatchTrack
 from celery_batchtrack.store import Store
 from celery_batchtrack.surfaces.cli import batchtrack
+from celery_batchtrack.vocabulary.aftermath import Part, Rerun
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
-from celery_batchtrack.vocabulary.records import (
-    ChildRow,
-    Ending,
-    HostIdentity,
-    NewBatch,
-    NewChild,
-    NewWorker,
-    Part,
-    Rerun,
-)
+from celery_batchtrack.vocabulary.records import ChildRow, Ending, HostIdentity, NewBatch, NewChild, NewWorker
 from celery_batchtrack.vocabulary.states import Cause, Detector, Status, Verdict
 from tests.helpers import ROOT
 

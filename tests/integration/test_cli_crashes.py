@@ -14,9 +14,10 @@ from celery_batchtrack import BatchTrack
 from celery_batchtrack.store import schema
 from celery_batchtrack.surfaces import crash_pages, pages
 from celery_batchtrack.surfaces.render import Screen, size
+from celery_batchtrack.vocabulary.aftermath import Killer
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.records import Ending, Killer
+from celery_batchtrack.vocabulary.records import Ending
 from celery_batchtrack.vocabulary.states import Cause, Detector, Status, Verdict
 from tests.integration.cli_kit import ESCAPES, HOSTILE, Run, Seeds, Shell, death, error, invoke, make_app
 

@@ -14,8 +14,9 @@ from celery_batchtrack.behaviour.detector import Sweeper
 from celery_batchtrack.store import Store, schema
 from celery_batchtrack.store.clock import later, now
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.aftermath import Rerun
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.records import Ending, Rerun
+from celery_batchtrack.vocabulary.records import Ending
 from celery_batchtrack.vocabulary.states import Cause, EndReason, Status, Verdict
 from tests.races.rivals import Held, Rivals
 from tests.store.behaviour_kit import tracker_on

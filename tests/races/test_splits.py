@@ -14,11 +14,12 @@ from celery_batchtrack.behaviour import recovery
 from celery_batchtrack.store import Store, schema
 from celery_batchtrack.store.quarantine import count_kill
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.aftermath import Part
 from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
 from celery_batchtrack.vocabulary.policies import CrashRate
-from celery_batchtrack.vocabulary.records import Claimed, Ending, Part
+from celery_batchtrack.vocabulary.records import Claimed, Ending
 from celery_batchtrack.vocabulary.states import Cause, Status, Verdict
 from tests.races.rivals import Held, Rivals
 from tests.store.behaviour_kit import Told, tracker_on

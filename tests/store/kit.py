@@ -14,6 +14,7 @@ from sqlalchemy import event
 
 from celery_batchtrack.store import Store, schema
 from celery_batchtrack.store.quarantine import count_kill
+from celery_batchtrack.vocabulary.aftermath import Killer, Part, Rerun
 from celery_batchtrack.vocabulary.evidence import Evidence, IncidentRow
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
 from celery_batchtrack.vocabulary.records import (
@@ -21,13 +22,10 @@ from celery_batchtrack.vocabulary.records import (
     Claimed,
     Ending,
     HostIdentity,
-    Killer,
     NewBatch,
     NewChild,
     NewWorker,
-    Part,
     Refused,
-    Rerun,
     Settled,
 )
 from celery_batchtrack.vocabulary.states import Cause, Detector, Status, Verdict

@@ -9,8 +9,9 @@ import pytest
 
 from celery_batchtrack import errors
 from celery_batchtrack.store.clock import later
+from celery_batchtrack.vocabulary.aftermath import HeaderResult
 from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
-from celery_batchtrack.vocabulary.records import Ending, HeaderResult
+from celery_batchtrack.vocabulary.records import Ending
 from celery_batchtrack.vocabulary.states import Cause, EndReason, Status, Verdict
 from tests.store.kit import Scene, add_up, counts, some
 

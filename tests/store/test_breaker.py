@@ -11,9 +11,10 @@ import sqlalchemy as sa
 
 from celery_batchtrack.store import schema
 from celery_batchtrack.store.clock import later
+from celery_batchtrack.vocabulary.aftermath import Rerun
 from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
 from celery_batchtrack.vocabulary.policies import CrashRate, Sample
-from celery_batchtrack.vocabulary.records import BatchRow, Claimed, Release, Rerun, Settled
+from celery_batchtrack.vocabulary.records import BatchRow, Claimed, Release, Settled
 from celery_batchtrack.vocabulary.states import Verdict
 from tests.store.kit import (
     SEGFAULT,

@@ -9,9 +9,10 @@ import pytest
 
 from celery_batchtrack.store import SlotTaken, Store
 from celery_batchtrack.store.clock import later
+from celery_batchtrack.vocabulary.aftermath import Rerun
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
-from celery_batchtrack.vocabulary.records import Claimed, Ending, Release, Rerun
+from celery_batchtrack.vocabulary.records import Claimed, Ending, Release
 from celery_batchtrack.vocabulary.states import Cause, Status, Verdict
 from tests.store.kit import ERROR, RETRY, SEGFAULT, Scene, add_up, counts, refused, some, statements
 

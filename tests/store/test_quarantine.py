@@ -6,11 +6,13 @@ import uuid
 from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 
+from celery_batchtrack.store import schema
 from celery_batchtrack.store.clock import later
+from celery_batchtrack.vocabulary.aftermath import Killer, QuarantinedItem, Rerun
 from celery_batchtrack.vocabulary.evidence import Evidence, fingerprint
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.records import Killer, QuarantinedItem, Rerun
 from celery_batchtrack.vocabulary.states import Cause, Detector, Verdict
 from tests.store.kit import ERROR, SEGFAULT, SET_ASIDE, Scene, add_up, documents, done, killed, killer, part, some
 
@@ -192,6 +194,16 @@ def test_the_register_outlives_its_batches(scene: Scene) -> None:
     assert scene.store.prune(completed=1, other=1) == 1
     assert only(scene).batch_id == batch_id
     assert scene.store.quarantined(["demo.task"], "1")
+
+
+def test_what_has_not_killed_for_long_is_forgotten_unless_it_is_in_quarantine(scene: Scene) -> None:
+    scene.kill("counted", after=3), scene.kill("released", after=1)
+    scene.store.release_from_quarantine(items=["released"])
+    scene.kill("kept", after=1)
+    scene.execute(sa.update(schema.quarantine).values(last_at=later(-100.0)))
+    scene.kill("fresh", after=3)
+    assert scene.store.prune_quarantine(50) == 2
+    assert {each.item for each in scene.store.quarantine_list(all=True)} == {"kept", "fresh"}
 
 
 # -- groups of deaths ------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from celery_batchtrack.behaviour import dispatch, recovery
 from celery_batchtrack.behaviour.handover import item_hash
 from celery_batchtrack.store.quarantine import count_kill
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.aftermath import Killer
 from celery_batchtrack.vocabulary.crash_policy import FROM_OUTSIDE, RowPolicy
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.policies import CrashRate
-from celery_batchtrack.vocabulary.records import Killer
 from celery_batchtrack.vocabulary.states import Cause, Detector, Verdict
 from tests.store.behaviour_kit import Told, tracker_on
 from tests.store.kit import SEGFAULT, Scene, add_up, documents, items_by_status

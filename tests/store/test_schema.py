@@ -23,9 +23,9 @@ from celery_batchtrack.store import Store, migrate, schema
 from celery_batchtrack.store.clock import now
 from celery_batchtrack.store.engine import Connected
 from celery_batchtrack.store.quarantine import count_kill
+from celery_batchtrack.vocabulary.aftermath import Killer
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
-from celery_batchtrack.vocabulary.records import Killer
 from celery_batchtrack.vocabulary.states import Cause, Status
 from tests.helpers import free_port
 from tests.servers import PostgresServer

@@ -11,9 +11,10 @@ import sqlalchemy as sa
 
 from celery_batchtrack.store import schema
 from celery_batchtrack.store.clock import later
+from celery_batchtrack.vocabulary.aftermath import HeaderResult, Part, Rerun
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token
-from celery_batchtrack.vocabulary.records import Ending, HeaderResult, NewChild, Part, Rerun, Settled
+from celery_batchtrack.vocabulary.records import Ending, NewChild, Settled
 from celery_batchtrack.vocabulary.states import Cause, Detector, Status, Verdict
 from tests.store.kit import (
     RETRY,

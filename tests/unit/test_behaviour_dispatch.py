@@ -14,9 +14,10 @@ from celery_batchtrack.behaviour.handover import item_hash
 from celery_batchtrack.store import Store
 from celery_batchtrack.store.clock import later
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.aftermath import Killer
 from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.records import Killer, NewBatch, NewChild
+from celery_batchtrack.vocabulary.records import NewBatch, NewChild
 from celery_batchtrack.vocabulary.states import EndReason, Verdict
 from tests.store.behaviour_kit import Told, tracker_on
 from tests.store.kit import HERE, SEGFAULT, Scene, add_up, counts, refused, some

@@ -15,7 +15,7 @@ from kombu import Exchange, Queue
 from celery_batchtrack import Batch, BatchTrack, errors, tracked
 from celery_batchtrack.glue.publish import BrokerPublisher
 from celery_batchtrack.glue.worker import LoopStep
-from celery_batchtrack.vocabulary.records import Rerun
+from celery_batchtrack.vocabulary.aftermath import Rerun
 from celery_batchtrack.vocabulary.states import Verdict
 from tests.store.kit import SEGFAULT
 
