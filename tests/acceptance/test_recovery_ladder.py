@@ -138,6 +138,23 @@ def test_resume_runs_only_what_comes_after(stage: Scene) -> None:
     assert batch.progress().items_completed == 18
 
 
+def test_items_that_the_task_has_sorted_are_not_mistaken_for_each_other(stage: Scene) -> None:
+    """Without names nobody can tell which one was in hand: so it is looked for."""
+    batch = stage.start(stage.here.sorting.s(docs(6, _4="SIGSEGV"), place(stage)))
+    batch.wait(60)
+    (child,) = batch.children(status="crashed")
+    assert child.args[0] == [{"id": 4, "does": "SIGSEGV"}]
+    assert batch.progress().items_completed == 5
+
+
+def test_items_that_a_retry_has_changed_keep_their_names(stage: Scene) -> None:
+    batch = stage.start(stage.here.narrowing.s(docs(4, _1="SIGSEGV"), place(stage)))
+    batch.wait(60)
+    (child,) = batch.children(status="crashed")
+    assert (child.items, child.args[0]) == (["1"], [{"id": 1, "does": "SIGSEGV"}])
+    assert batch.progress().items_completed == 3
+
+
 def test_a_batch_may_have_a_policy_of_its_own(stage: Scene) -> None:
     batch = stage.start(stage.tasks.skip.s(docs(4, _2="SIGSEGV"), place(stage)), on_crash="record")
     assert batch.wait(60) == "partial"

@@ -132,6 +132,23 @@ tasks = SimpleNamespace(
 )
 
 
+@task(name="recovery.sorting")
+@tracked(items="docs", on_crash="skip", merge="concat")
+def sorting(docs: Docs, place: str) -> list[Any]:
+    """Its items have no names, and it turns them round before it walks over them."""
+    docs.sort(key=lambda doc: -doc["id"])
+    return walk(docs, place)
+
+
+@task(name="recovery.narrowing", bind=True, max_retries=3, default_retry_delay=0)
+@tracked(items="docs", item_id="id", on_crash="skip", merge="concat")
+def narrowing(self: Any, docs: Docs, place: str) -> list[Any]:
+    """Asks for another attempt with its items turned round."""
+    if docs[0]["id"] == 0:
+        raise self.retry(args=(docs[::-1], place), countdown=0)
+    return walk(docs, place)
+
+
 @task(name="recovery.undecorated")
 def undecorated(docs: Docs, place: str) -> list[Any]:
     return walk(docs, place)
