@@ -56,6 +56,11 @@ def asked_for_by_environment() -> bool:
     return bool(os.environ.get("PYTHONFAULTHANDLER")) or "faulthandler" in sys._xoptions or sys.flags.dev_mode
 
 
+def is_the_applications_own() -> bool:
+    """Whether the application has enabled `faulthandler` for itself: nobody can tell where it writes."""
+    return faulthandler.is_enabled() and _installed is None and not asked_for_by_environment()
+
+
 #: The stack went to our file and not to standard error, where somebody expects it.
 echoed = asked_for_by_environment
 
@@ -66,7 +71,7 @@ def install(path: Path, wanted: bool | None) -> bool:
     Raises OSError if the file cannot be made.
     """
     global _installed
-    if wanted is False or (wanted is None and faulthandler.is_enabled() and not asked_for_by_environment()):
+    if wanted is False or (wanted is None and is_the_applications_own()):
         return False
     file = path.open("wb", buffering=0)
     faulthandler.enable(file=file, all_threads=True)

@@ -95,6 +95,7 @@ class BatchTrack:
         self._eager: tuple[int, WorkerIdentity] | None = None
         self._worker_pid: int | None = None
         self._base: tuple[Path | None] | None = None  # folder of the black boxes, once chosen
+        self._told_of_stacks = False
         self.gate: Gate | None = None
         self.isolated_queues = IsolatedQueues()
         app.batchtrack = self
@@ -281,6 +282,8 @@ class BatchTrack:
         self.gate = Gate(tracker.settings.isolation_patience, self.attendant.gives_way, send_back)
         if pool != "prefork":
             self._keep_stacks()  # its children run in this very process
+        elif fatal.is_the_applications_own() and tracker.settings.faulthandler is None:
+            self._tell_that_stacks_are_missing()  # once, and not by each of its processes
 
     def begin_pool_process(self) -> None:
         """In a fresh pool process: its black box, and a file for the stack of a fatal signal."""
@@ -300,11 +303,15 @@ class BatchTrack:
         except (OSError, RuntimeError, ValueError) as error:
             logger.warning("action=no_stacks %s cannot be written: incidents have no Python stack: %s", path, error)
             return
-        if not kept and self.settings.faulthandler is None:
-            logger.warning(
-                "action=no_stacks the application uses faulthandler itself, which stays as it is: incidents of fatal "
-                "signals have no Python stack (batchtrack_faulthandler = True takes it over; False keeps this quiet)"
-            )
+        if not kept and self.settings.faulthandler is None and not self._told_of_stacks:
+            self._tell_that_stacks_are_missing()
+
+    def _tell_that_stacks_are_missing(self) -> None:
+        self._told_of_stacks = True
+        logger.warning(
+            "action=no_stacks the application uses faulthandler itself, which stays as it is: incidents of fatal "
+            "signals have no Python stack (batchtrack_faulthandler = True takes it over; False keeps this quiet)"
+        )
 
     def _adopt_isolated(self) -> None:
         if self.settings.adopt_isolated:
