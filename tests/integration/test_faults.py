@@ -292,5 +292,5 @@ def test_a_worker_on_another_database_gives_messages_back_and_says_so(quiet: Sce
     with quiet.worker("--queues=contested"):
         batch.wait(40)
     assert [(child.status, child.attempt) for child in batch.children()] == [("completed", 1)]
-    assert batch.incidents() == []
+    assert {each.cause for each in batch.incidents()} <= {"lost_message"}, "held back, and told as such; no death"
     assert quiet.violations() == []

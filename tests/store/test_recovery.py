@@ -171,9 +171,15 @@ def test_what_died_of_memory_goes_on_where_there_is_more_and_is_judged_there(
     assert scene.at(batch_id, 2).queue == "big", "its successor stays there"
 
 
-def test_items_that_cannot_be_found_in_the_row_are_crashed_as_a_whole(scene: Scene, die: Die) -> None:
+def test_items_that_cannot_be_found_in_the_row_run_again_and_are_crashed_as_a_whole(scene: Scene, die: Die) -> None:
     batch_id = scene.batch([documents("a", "b"), replace(documents("c", "d"), signature="no JSON")])
-    assert die(batch_id, 0, replace(SKIP, items=("kwargs", "docs")), item_index=0)
+    elsewhere = replace(SKIP, items=("kwargs", "docs"))
+    for _ in range(SKIP.max_crashes - 1):
+        assert die(batch_id, 0, elsewhere, item_index=0)
+        assert items_by_status(scene, batch_id)["pending"][:2] == ["a", "b"]
+    assert die(batch_id, 0, elsewhere, item_index=0)
+    assert "could not be taken apart" in (scene.incidents(batch_id)[-1].message or "")
+    scene.set_child(ChildKey(batch_id, 1), crashes=SKIP.max_crashes - 1)
     assert die(batch_id, 1, SKIP, item_index=0)
     assert items_by_status(scene, batch_id) == {"crashed": [*"abcd"]}
     assert add_up(scene, batch_id)
