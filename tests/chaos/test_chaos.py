@@ -137,6 +137,19 @@ class Monkey:
         self.scene.batchtrack.sweep()
 
 
+def let_loose(monkey: Monkey, stack: contextlib.ExitStack) -> None:
+    """Until it has done all its deeds; raises what went wrong with them."""
+    thread = threading.Thread(target=monkey.run)
+    thread.start()
+    stack.callback(thread.join)
+    stack.callback(monkey.stop.set)
+    thread.join(100)
+    print(f"it did: {', '.join(monkey.done)}")
+    assert not thread.is_alive()
+    if monkey.error is not None:
+        raise monkey.error
+
+
 def test_no_child_vanishes(scene: Scene, seed: int) -> None:
     print(f"replay: pytest tests/chaos --chaos-seed={seed}")
     dice = random.Random(seed)
@@ -148,16 +161,7 @@ def test_no_child_vanishes(scene: Scene, seed: int) -> None:
             on_finish=scene.here.called_bare.si(scene.place("finish")),
             on_first_failure=scene.here.called_bare.si(scene.place("first")),
         )
-        monkey = Monkey(scene, batch, workers, dice)
-        thread = threading.Thread(target=monkey.run)
-        thread.start()
-        stack.callback(thread.join)
-        stack.callback(monkey.stop.set)
-        thread.join(100)
-        print(f"it did: {', '.join(monkey.done)}")
-        assert not thread.is_alive()
-        if monkey.error is not None:
-            raise monkey.error
+        let_loose(Monkey(scene, batch, workers, dice), stack)
         assert all(worker.alive for worker in workers)
         batch.wait(80, callbacks=True)
 

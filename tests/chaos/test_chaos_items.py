@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 
 from celery_batchtrack import Batch
 from tests.acceptance.scene import Scene
-from tests.chaos.test_chaos import CONF, Monkey
+from tests.chaos.test_chaos import CONF, Monkey, let_loose
 from tests.helpers import unique
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(200)]
@@ -61,16 +60,7 @@ def test_no_item_vanishes(scene: Scene, seed: int) -> None:
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(scene.worker()) for _ in range(2)]
         batch = scene.start(*children, on_success=scene.here.flat.s(scene.place("body")))
-        monkey = Monkey(scene, batch, workers, dice)
-        thread = threading.Thread(target=monkey.run)
-        thread.start()
-        stack.callback(thread.join)
-        stack.callback(monkey.stop.set)
-        thread.join(100)
-        print(f"it did: {', '.join(monkey.done)}")
-        assert not thread.is_alive()
-        if monkey.error is not None:
-            raise monkey.error
+        let_loose(Monkey(scene, batch, workers, dice), stack)
         batch.wait(80, callbacks=True)
 
     rows = [child.row for child in batch.children()]

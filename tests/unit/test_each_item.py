@@ -701,7 +701,8 @@ def test_a_hundred_thousand_items_and_notes_take_no_memory(app: Celery) -> None:
             tracemalloc.stop()
 
     assert Child(app, act).completed()
-    assert grown[0] < 20_000, f"{grown[0]} bytes more"
+    # Less than a byte an item: anything that stays takes at least 16. (Other threads of the process allocate too.)
+    assert grown[0] < 100_000, f"{grown[0]} bytes more"
 
 
 def test_without_a_black_box_children_run_all_the_same(tmp_path: Path) -> None:
