@@ -229,7 +229,7 @@ class Page:
         page = self._map
         if page is None:
             return
-        data = text[:NOTE_SIZE].encode("utf-8", "replace")[:NOTE_SIZE]
+        data = (text if len(text) <= NOTE_SIZE else text[:NOTE_SIZE]).encode("utf-8", "replace")[:NOTE_SIZE]
         self._note_sequence += 2
         _SEQUENCE.pack_into(page, _NOTE_SEQUENCE_AT, self._note_sequence - 1)
         _NOTE.pack_into(page, _NOTE_AT, len(data))

@@ -61,11 +61,14 @@ def note(text: object) -> None:
     """
     current = current_run()
     if current is not None:
-        try:
-            told = str(text)
-        except Exception:  # noqa: BLE001 (what cannot be told must not end the child)
-            told = type(text).__name__
-        current.run.page.note(told)
+        current.run.page.note(text if type(text) is str else _told(text))
+
+
+def _told(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 (what cannot be told must not end the child)
+        return type(value).__name__
 
 
 #: So many frames lie at most between a loop over items and who wrote it (progress bars, `map`, generators).
@@ -139,7 +142,10 @@ def _identifying(how: Any) -> Callable[[Any, int], bytes]:
                 pass
         return declare.identifier(item, how, at).encode()
 
-    return named
+    def named_by_itself(item: Any, at: int) -> bytes:
+        return b"[%d]" % at if type(item) is dict else named(item, at)
+
+    return named if how is not None else named_by_itself
 
 
 def _quick(how: Any) -> Callable[[Any], Any]:
@@ -148,10 +154,21 @@ def _quick(how: Any) -> Callable[[Any], Any]:
         return lambda item: item
     if isinstance(how, str):
         return lambda item: item[how] if type(item) is dict else None
-    if isinstance(how, tuple):
-        return lambda item: _joined(item, how) if type(item) is dict else None
+    if isinstance(how, tuple) and how:
+        return _joined(how)
     return lambda item: None
 
 
-def _joined(item: dict[Any, Any], keys: tuple[str, ...]) -> str | None:
-    return ":".join([str(part) for key in keys if (part := item.get(key)) is not None]) or None
+def _joined(keys: tuple[str, ...]) -> Callable[[Any], str | None]:
+    first, *others = keys
+
+    def joined(item: Any) -> str | None:
+        if type(item) is not dict or (text := item.get(first)) is None:
+            return None
+        text = str(text)
+        for key in others:
+            if (part := item.get(key)) is not None:
+                text = f"{text}:{part}"
+        return text
+
+    return joined
