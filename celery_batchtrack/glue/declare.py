@@ -96,6 +96,8 @@ class TaskOptions:
 
 def _merge_path(value: Any) -> str | None:
     """The name or path of a `merge`. Raises InvalidOption."""
+    if value is list or value is sum:
+        return str(value.__name__)
     if callable(value):
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "<")
         if not module or "<" in name:

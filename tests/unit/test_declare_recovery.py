@@ -147,6 +147,8 @@ RIGHT: list[tuple[dict[str, Any], CrashPolicy, dict[str, Any]]] = [
     ({"on_crash": "retry", "max_crashes": 5}, CrashPolicy("retry", max_crashes=5), {}),
     ({"on_crash": CrashPolicy("retry", isolate=True), "max_crashes": 5}, CrashPolicy("retry", 5, isolate=True), {}),
     ({"on_crash": "skip", "merge": "concat", **ITEMS}, CrashPolicy("skip"), {"merge": "concat"}),
+    ({"on_crash": "skip", "merge": list, **ITEMS}, CrashPolicy("skip"), {"merge": "list"}),
+    ({"on_crash": "skip", "merge": sum, **ITEMS}, CrashPolicy("skip"), {"merge": "sum"}),
     ({"on_crash": "bisect", "results": "none", **ITEMS}, CrashPolicy("bisect"), {"results": "none"}),
     ({"on_crash": CrashPolicy(quarantine_after=1), **ITEMS}, CrashPolicy(quarantine_after=1), {}),
     ({"merge": join}, CrashPolicy(), {"merge": f"{__name__}:join"}),
