@@ -14,7 +14,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from celery_batchtrack import errors
@@ -80,9 +80,7 @@ def _died_before_claim(
     evidence = _evidence_of(worker, death, phase="before_claim")
     if death.cause is Cause.SIGNAL:
         evidence = dossier.of_process(evidence, boxes, death.pid, death.pid_started)
-    if row.item_count == 1 and row.items:
-        evidence = replace(evidence, item=row.items[0], item_index=0)
-    return recovery.died_before_claim(tracker, row, evidence, death.policy)
+    return recovery.died_before_claim(tracker, row, dossier.of_only_item(evidence, row), death.policy)
 
 
 def _evidence_of(worker: WorkerIdentity, death: Death, phase: str = "running") -> Evidence:

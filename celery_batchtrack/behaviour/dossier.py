@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
 from celery_batchtrack.vocabulary.evidence import Evidence
+from celery_batchtrack.vocabulary.ids import is_name_of_index
 from celery_batchtrack.vocabulary.records import ChildRow
 from celery_batchtrack.vocabulary.states import Cause
 
 from . import blackbox, fatal
 from .blackbox import InHand, Page, PageState, slot_process
 from .folders import Boxes
-
-#: Identifier of an item that has none of its own: its index.
-_BY_INDEX = re.compile(r"\[(\d+)\]")
 
 
 def of_run(evidence: Evidence, boxes: Boxes, row: ChildRow) -> Evidence:
@@ -27,9 +24,14 @@ def of_run(evidence: Evidence, boxes: Boxes, row: ChildRow) -> Evidence:
     if page is not None:
         evidence = replace(evidence, **_in_hand(page, row))
         evidence = replace(evidence, peak_memory=max(evidence.peak_memory or 0, page.peak_memory) or None)
+    return _with_stack(of_only_item(evidence, row), boxes, row, page)
+
+
+def of_only_item(evidence: Evidence, row: ChildRow) -> Evidence:
+    """Where nothing says which item it was, and the child has but one: that one."""
     if evidence.item is None and row.item_count == 1 and row.items:
-        evidence = replace(evidence, item=row.items[0], item_index=0)
-    return _with_stack(evidence, boxes, row, page)
+        return replace(evidence, item=row.items[0], item_index=0)
+    return evidence
 
 
 def of_failure(evidence: Evidence, page: Page, *, in_loop: bool) -> Evidence:
@@ -74,7 +76,7 @@ def index_of(item: InHand, items: list[str]) -> int | None:
     if item.index is None:
         return None
     named = item.identifier
-    if named is None or _BY_INDEX.fullmatch(named):
+    if named is None or is_name_of_index(named):
         return item.index if item.declared and item.index < len(items) else None
     if item.declared and items[item.index : item.index + 1] == [named]:
         return item.index

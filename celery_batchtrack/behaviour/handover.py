@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +14,11 @@ from celery_batchtrack import errors
 from celery_batchtrack.vocabulary.aftermath import Killer, Part
 from celery_batchtrack.vocabulary.crash_policy import Action, RowPolicy
 from celery_batchtrack.vocabulary.evidence import Evidence
+from celery_batchtrack.vocabulary.ids import is_name_of_index
 from celery_batchtrack.vocabulary.records import ChildRow
 from celery_batchtrack.vocabulary.states import Status
 
 from .tracker import Codec
-
-_BY_INDEX = re.compile(r"\[\d+\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,14 @@ class Items:
         """(identifiers, signature) of a child with these items only."""
         signature = _with(self.signature, self.path, [self.values[index] for index in indices])
         return tuple(self.names[index] for index in indices), codec.dumps(signature)
+
+    def part(
+        self, indices: Sequence[int], codec: Codec, status: Status = Status.PENDING, told: Evidence | None = None
+    ) -> Part:
+        """A successor with these items only."""
+        names, signature = self.chosen(indices, codec)
+        kept = None if status is Status.COMPLETED else signature
+        return Part(names, len(names), kept, str(uuid.uuid4()), status, told)
 
 
 def _with(holder: Any, path: Sequence[str | int], value: Any) -> Any:
@@ -67,7 +73,7 @@ def item_hash(name: str, value: Any) -> str:
     """Names an item over all batches, in 32 hexadecimal digits: by its identifier, or by what it is where it has
     none of its own."""
     told = name
-    if _BY_INDEX.fullmatch(name):
+    if is_name_of_index(name):
         with contextlib.suppress(ValueError, RecursionError):  # nested too deep: its index is all there is
             told = "=" + json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(told.encode("utf-8", "replace")).hexdigest()[:32]
@@ -116,11 +122,8 @@ def _cut(
     count, index = len(items.values), evidence.item_index
 
     def part(indices: Sequence[int], status: Status = Status.PENDING, told: Evidence | None = None) -> Part:
-        names, signature = items.chosen(indices, codec)
-        return Part(
-            names, len(names), None if status is Status.COMPLETED else signature, str(uuid.uuid4()), status, told,
-            isolated=isolated and status is Status.PENDING, queue=queue,
-        )  # fmt: skip
+        made = items.part(indices, codec, status, told)
+        return replace(made, isolated=isolated and status is Status.PENDING, queue=queue)
 
     if action is Action.BISECT:
         middle = (count + 1) // 2
@@ -139,12 +142,9 @@ def _cut(
 
 def set_aside(items: Items, condemned: Sequence[int], evidence: Sequence[Evidence], codec: Codec) -> list[Part]:
     """Parts of a child some of whose items are in quarantine: each of those alone and crashed, the others together."""
-    parts = []
-    for index, told in zip(condemned, evidence, strict=True):
-        names, signature = items.chosen([index], codec)
-        parts.append(Part(names, 1, signature, str(uuid.uuid4()), Status.CRASHED, told))
-    left = [index for index in range(len(items.values)) if index not in set(condemned)]
-    if left:
-        names, signature = items.chosen(left, codec)
-        parts.append(Part(names, len(left), signature, str(uuid.uuid4())))
-    return parts
+    parts = [
+        items.part([index], codec, Status.CRASHED, told) for index, told in zip(condemned, evidence, strict=True)
+    ]
+    out = set(condemned)
+    left = [index for index in range(len(items.values)) if index not in out]
+    return [*parts, items.part(left, codec)] if left else parts

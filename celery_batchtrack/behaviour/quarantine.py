@@ -37,25 +37,26 @@ def _withheld(tracker: Tracker, out: Outgoing, register: _Register) -> bool:
     if row.kind != Kind.CHILD or policy is None or policy.quarantine_after is None:
         return False
     items = items_of(row, policy.items, tracker.codec)
-    condemned = [] if items is None else list(_condemned(row.task, items, register))
+    condemned = {} if items is None else dict(_condemned(row.task, items, register))
     if items is None or not condemned:
         return False
-    told = [_evidence(register[row.task, item_hash(items.names[at], items.values[at])], at) for at in condemned]
+    told = [_evidence(entry, at) for at, entry in condemned.items()]
     if row.item_count == 1:
         settled = tracker.store.quarantine(row, told[0])
     else:
         settled = tracker.store.split(
-            row, set_aside(items, condemned, told, tracker.codec), None, claimed=False, death=False,
+            row, set_aside(items, list(condemned), told, tracker.codec), None, claimed=False, death=False,
             policy=policy.as_option(),
         )  # fmt: skip
     _follow(tracker, out, settled, [items.names[at] for at in condemned])
     return True
 
 
-def _condemned(task: str, items: Items, register: _Register) -> Iterable[int]:
+def _condemned(task: str, items: Items, register: _Register) -> Iterable[tuple[int, QuarantinedItem]]:
     for at, (name, value) in enumerate(zip(items.names, items.values, strict=True)):
-        if (task, item_hash(name, value)) in register:
-            yield at
+        entry = register.get((task, item_hash(name, value)))
+        if entry is not None:
+            yield at, entry
 
 
 def _evidence(entry: QuarantinedItem, index: int) -> Evidence:

@@ -82,7 +82,7 @@ def _as_a_whole(row: ChildRow, policy: RowPolicy) -> Judgement:
 def _split(
     tracker: Tracker, row: ChildRow, evidence: Evidence, policy: RowPolicy, judgement: Judgement, *, claimed: bool
 ) -> Settled | None:
-    """None where the items cannot be taken apart: then the child is crashed as a whole."""
+    """None where the items cannot be taken apart."""
     cut = handover.cut(
         row, policy, judgement.action, evidence, tracker.codec, isolated=judgement.isolated,
         queue=_isolation_queue(row) if judgement.isolated else None,

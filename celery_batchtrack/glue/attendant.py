@@ -214,19 +214,22 @@ class Attendant:
 
     def _look_at_runs(self) -> None:
         """Each second: who takes how much memory, and who stands still."""
-        self._peaks.sample({blackbox.slot_process(slot)[0] for slot, _ in self.boxes.pages()})
+        self._peaks.sample(self._pids())
         for death in self.stalls.look(anew=self._overslept):  # before the pool's own news, which know but the signal
             self._waiting.append(partial(self._judge, death))
             self._work_off()
 
     def _look_at_processes(self) -> None:
         """What can be asked only while they live."""
-        pids = {blackbox.slot_process(slot)[0] for slot, _ in self.boxes.pages()}
-        self._kernel.look(pids, forget=not self._waiting)
+        self._kernel.look(self._pids(), forget=not self._waiting)
         if not self._waiting:  # explained, told twice, and judged: the pid may come again
             for pid in self._explained_before:
                 self._explained.pop(pid, None)
             self._explained_before = set(self._explained)
+
+    def _pids(self) -> set[int]:
+        """Of the processes that have a page."""
+        return {blackbox.slot_process(slot)[0] for slot, _ in self.boxes.pages()}
 
     def _sweep_if_overdue(self) -> None:
         if self.sweeper.overdue():

@@ -15,6 +15,7 @@ from celery.local import Proxy
 
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary.crash_policy import CrashPolicy, RowPolicy
+from celery_batchtrack.vocabulary.ids import name_of_index
 from celery_batchtrack.vocabulary.settings import seconds, suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -171,14 +172,14 @@ def tracked(function: Any = None, /, **options: Any) -> Any:
             return tracked(target)
         if inspect.isclass(target):
             return tracked(target)
-        _check_itemsargument(made, target)
+        _check_items_argument(made, target)
         setattr(target, MARK, made)
         return target
 
     return mark if function is None else mark(function)
 
 
-def _check_itemsargument(options: TaskOptions, function: Callable[..., Any]) -> None:
+def _check_items_argument(options: TaskOptions, function: Callable[..., Any]) -> None:
     if not isinstance(options.items, str):
         return
     parameters = inspect.signature(function).parameters
@@ -341,7 +342,7 @@ def _identifier(item: Any, how: Any, task: Any, at: int) -> str:
 def identifier(item: Any, how: Any, at: int) -> str:
     """How an item is called: by `item_id`; by its index where it has no name. Raises what reading it raises."""
     value = _identify(item, how)
-    text = f"[{at}]" if value is None else str(value)
+    text = name_of_index(at) if value is None else str(value)
     if "\0" in text or not text.isascii():
         text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
     return text[:_LONGEST_IDENTIFIER]

@@ -19,6 +19,7 @@ from celery_batchtrack.surfaces.pages import how_it_died, moment, short, some
 from celery_batchtrack.surfaces.render import size
 from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.evidence import IncidentRow
+from celery_batchtrack.vocabulary.ids import name_of_index
 from celery_batchtrack.vocabulary.states import Cause, Kind
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def _reduced(extension: BatchTrack, row: ChildRow, incident: IncidentRow | None)
 
     items = items_of(row, _path(extension, row), codec)
     if items is None or not 0 <= incident.item_index < len(items.values):
-        why = "they are no list that can be cut (item in hand: {})"
-        return Call(_pretty(row.signature), whole + why.format(short(incident.item or f"[{incident.item_index}]")))
+        named = short(incident.item or name_of_index(incident.item_index))
+        return Call(_pretty(row.signature), whole + f"they are no list that can be cut (item in hand: {named})")
     (name,), text = items.chosen([incident.item_index], codec)
     what = f"only item {short(name)}, which was in hand: number {incident.item_index + 1} of {row.item_count}"
     return Call(_pretty(text), what, name, incident.item_index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -29,6 +30,19 @@ def uuid7() -> uuid.UUID:
 def new_token() -> uuid.UUID:
     """A run token: unique per claim, the fence of every later write of that run."""
     return uuid.uuid4()
+
+
+_INDEX = re.compile(r"\[\d+\]")
+
+
+def name_of_index(index: int) -> str:
+    """How an item is called that has no name of its own."""
+    return f"[{index}]"
+
+
+def is_name_of_index(name: str) -> bool:
+    """Whether this says no more than where the item stands in its list."""
+    return _INDEX.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True, order=True)
