@@ -25,7 +25,7 @@ from celery_batchtrack.vocabulary.ids import ChildKey, Ticket
 from celery_batchtrack.vocabulary.records import ChildRow, HostIdentity, WorkerRow
 from celery_batchtrack.vocabulary.states import Cause, Detector, EndReason, Status, Verdict
 
-from . import blackbox, dispatch, dossier, finish, folders, hosts, recovery, run
+from . import blackbox, dispatch, dossier, ending, finish, folders, hosts, recovery, run
 from .blackbox import PageState, Phase, slot_process
 from .folders import Boxes
 from .identity import WorkerIdentity
@@ -222,6 +222,7 @@ class Sweep:
     verdicts: int = 0
     abandoned: int = 0
     finished: int = 0
+    cancelled: int = 0
     expired: int = 0
     dispatched: int = 0
     redispatched: int = 0
@@ -388,11 +389,21 @@ class Sweeper:
         tracker = self.tracker
         for batch_id in tracker.store.abandoned():
             done.abandoned += finish.cancel(tracker, batch_id, EndReason.ABANDONED) is not None
+        for batch_id in tracker.store.overdue_batches():
+            done.cancelled += finish.cancel(tracker, batch_id, EndReason.DEADLINE) is not None
+        for batch_id in tracker.store.forsaken():
+            done.cancelled += finish.cancel(tracker, batch_id, EndReason.PARENT) is not None
         for row in tracker.store.expired():
             run.expire(tracker, Ticket(tracker.store_id, row.key, row.attempt))
             done.expired += 1
         for batch_id in tracker.store.unfinished():
             done.finished += finish.look(tracker, batch_id) is not None
+        for batch_id in tracker.store.joinable():
+            finish.join(tracker, batch_id)
+        for batch_id in tracker.store.watched_for_progress():
+            finish.milestones(tracker, batch_id)
+        for batch_id in tracker.store.untold():
+            ending.tell_backend(tracker, batch_id)
         tracker.store.sample_crash_rates()
         done.dispatched += dispatch.pump(tracker)
         done.redispatched += dispatch.redispatch(tracker, worker_lost=done.lost_workers > 0)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from celery_batchtrack import errors
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, Ticket
@@ -97,8 +98,8 @@ def _patience(tracker: Tracker, dispatches: int, *, empty: bool) -> float:
     return min(LONGEST_WAIT, base * 2.0 ** min(20, max(0, dispatches - 1)))
 
 
-#: What no later try would mend: a result or signature that cannot be read back.
-_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+#: Tasks that no worker runs: a child at such a step becomes a batch of its own.
+CANVAS = ("celery.chord", "celery.group")
 
 
 def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[NotSent], int, bool]:
@@ -106,10 +107,13 @@ def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[NotSent], i
     items in quarantine were withheld."""
     if not taken:
         return [], 0, False
+    single = [each for each in taken if each.child.task not in CANVAS]
+    nested = [each for each in taken if each.child.task in CANVAS]
     try:
-        free, withheld = quarantine.sendable(tracker, taken)
+        free, withheld = quarantine.sendable(tracker, single)
         messages, failures = _messages(tracker, free)
         failures += tracker.publisher.publish(messages)
+        failures += _start_nested(tracker, nested)
     except BaseException:
         tracker.store.give_back([each.child for each in taken])
         raise
@@ -117,7 +121,26 @@ def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[NotSent], i
     for failure in failures:
         if failure.final:
             _settle_unsent(tracker, failure)
-    return failures, len(free) - len(failures), withheld
+    return failures, len(free) + len(nested) - len(failures), withheld
+
+
+def _start_nested(tracker: Tracker, taken: Sequence[Outgoing]) -> list[NotSent]:
+    """Children whose present step is a group or chord: that becomes a batch of its own, for which they wait."""
+    failures = []
+    for out in taken:
+        try:
+            new, children = tracker.canvas.expand(out.child, out.batch, _prefix(tracker, out))
+        except (errors.BatchTrackError, *ending.UNREADABLE) as error:
+            if isinstance(error, errors.DatabaseUnavailable):
+                raise
+            failures.append(NotSent(_unmade(tracker, out), f"{type(error).__name__}: {error}", final=True))
+            continue
+        if tracker.store.nest(out.child, new, children):
+            failpoints.reach("nest.committed")
+            ended = ending.conclude(tracker, new.id)  # it may have no children
+            for batch_id in (new.id,) if ended is None else ended.due:
+                pump(tracker, batch_id)
+    return failures
 
 
 def _messages(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[Message], list[NotSent]]:
@@ -126,11 +149,13 @@ def _messages(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[Message
     for out in taken:
         try:
             messages.append(message_of(tracker, out))
-        except _UNREADABLE as error:
-            ticket = Ticket(tracker.store_id, out.child.key, out.child.attempt, out.child.kind)
-            unmade = Message(out.child, out.batch, ticket)
-            failures.append(NotSent(unmade, f"{type(error).__name__}: {error}", final=True))
+        except ending.UNREADABLE as error:
+            failures.append(NotSent(_unmade(tracker, out), f"{type(error).__name__}: {error}", final=True))
     return messages, failures
+
+
+def _unmade(tracker: Tracker, out: Outgoing) -> Message:
+    return Message(out.child, out.batch, Ticket(tracker.store_id, out.child.key, out.child.attempt, out.child.kind))
 
 
 def _report_failures(tracker: Tracker, failures: Sequence[NotSent]) -> None:
@@ -145,30 +170,61 @@ def _settle_unsent(tracker: Tracker, failure: NotSent) -> None:
     row = failure.message.row
     evidence = Evidence(Cause.NOT_SENT, phase="before_claim", message=failure.error)
     settled = tracker.store.settle_unstarted(row.key, row.attempt, Status.FAILED, evidence)
+    due: list[uuid.UUID] = []
     if settled.look:
-        ending.conclude(tracker, row.batch_id)
+        ended = ending.conclude(tracker, row.batch_id)
+        due += ended.due if ended is not None else ()
+    if settled.body:
+        due += ending.body_settled(tracker, row.key)
+    for batch_id in due:
+        if batch_id != row.batch_id:  # of that one the caller takes more anyway
+            pump(tracker, batch_id)
 
 
 def message_of(tracker: Tracker, out: Outgoing) -> Message:
     row, batch = out.child, out.batch
-    ticket = Ticket(tracker.store_id, row.key, row.attempt, row.kind)
+    ticket = Ticket(
+        tracker.store_id, row.key, row.attempt, row.kind, more=_has_more(tracker, row),
+        keep_result=batch.options.get("results") != "none" or row.kind != Kind.CHILD,
+    )
     if row.kind == Kind.CHILD:
-        keep = batch.options.get("results") != "none"
-        ticket = replace(ticket, keep_result=keep, on_crash=batch.options.get("on_crash"), isolated=row.isolated)
+        ticket = replace(
+            ticket, on_crash=batch.options.get("on_crash"), isolated=row.isolated, milestones=batch.watch_progress
+        )
         return Message(row, batch, ticket)
+    if row.link:
+        return Message(row, batch, ticket)  # what it was called with is bound already
     declared = declared_callback(batch, row)
     body_id = declared.get("errback")
-    if body_id is not None and declared.get("immutable"):
-        return Message(row, batch, ticket)
-    if body_id is not None:
-        return Message(row, batch, replace(ticket, errback=(body_id, _dependency(tracker, row))), (body_id,))
-    return Message(row, batch, ticket, _callback_arguments(tracker, out))
+    if body_id is not None and not declared.get("immutable"):
+        ticket = replace(ticket, errback=(body_id, _dependency(tracker, row)))
+    return Message(row, batch, ticket, _prefix(tracker, out))
+
+
+def _has_more(tracker: Tracker, row: ChildRow) -> bool:
+    """Whether other tasks follow this one within its child."""
+    if row.result_id is None or row.signature is None:
+        return False
+    return bool(tracker.codec.loads(row.signature).get("chain"))
+
+
+def _prefix(tracker: Tracker, out: Outgoing) -> tuple[object, ...]:
+    """Arguments that a callback's first task gets before its own."""
+    if out.child.kind == Kind.CHILD or out.child.link:
+        return ()
+    declared = declared_callback(out.batch, out.child)
+    if declared.get("immutable"):
+        return ()
+    body_id = declared.get("errback")
+    return _callback_arguments(tracker, out) if body_id is None else (body_id,)
 
 
 def _dependency(tracker: Tracker, row: ChildRow) -> str:
     """The text of Celery's ChordError for the child that kept the body from running."""
-    task_id, message = tracker.store.first_failure(row.batch_id) or (str(row.batch_id), None)
-    return f"Dependency {task_id} raised {message or 'an unknown error'}"
+    first = tracker.store.first_failure(row.batch_id)
+    if first is None:
+        return f"Dependency {row.batch_id} raised an unknown error"
+    return f"Dependency {first.task_id} raised {first.message or 'an unknown error'}"
 
 
 def _callback_arguments(tracker: Tracker, out: Outgoing) -> tuple[object, ...]:

@@ -134,6 +134,8 @@ def _cut(
     done, left = range(index), range(index + 1, count)
     if action is Action.SKIP:
         return Cut([killed, part([*done, *left])], None)
+    if items.signature.get("chain"):  # what is done at this link has the others still before it
+        return Cut([killed, part([*done, *left])] if done or left else [killed], None)
     finished = [part(done, Status.COMPLETED)] if done else []
     if action is Action.GO_ON:
         return Cut([*finished, part(range(index, count))], evidence)

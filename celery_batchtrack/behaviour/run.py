@@ -16,7 +16,7 @@ from celery_batchtrack.store import SlotTaken
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import Ticket, new_token
-from celery_batchtrack.vocabulary.records import Claimed, Ending, Refused, Release, Settled
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Claimed, Ending, Refused, Release, Settled, Step
 from celery_batchtrack.vocabulary.states import Cause, Detector, Status, Verdict
 
 from . import blackbox, dispatch, failpoints, fatal, finish, recovery, spool
@@ -157,7 +157,8 @@ class Runner:
             tracker.emit(events.LateWrite(key, ending.status))
         elif settled.written:
             tracker.emit(events.ChildSettled(key, run.task, ending.status, run.attempt))
-        _best_effort(tracker, run, lambda: finish.after(tracker, key, settled))
+        milestones = run.ticket.milestones
+        _best_effort(tracker, run, lambda: finish.after(tracker, key, settled, milestones=milestones))
         return settled
 
     def _surely_delivered(self, run: Run, ending: Ending) -> Settled:
@@ -201,20 +202,49 @@ class Runner:
 
     def release(self, run: Run, how: Release) -> None:
         """Give the row back for another attempt (Celery's retry, `Reject(requeue=True)`)."""
+        store, key, token = self.tracker.store, run.ticket.key, run.claimed.token
+        self._give_back(run, "release", lambda: store.release(key, token, how))
+
+    def advance(self, run: Run, result: Any) -> bool:
+        """One of the child's tasks is done: the next one gets its result. False if it was the last."""
+        step = self._next(run, lambda row, batch: self.tracker.canvas.next_step(row, batch, result))
+        if step is not None:
+            self._go_to(run, step)
+        return step is not None
+
+    def replace(self, run: Run, make: Callable[[ChildRow, BatchRow], Step]) -> None:
+        """Something else is the child's present task from now on."""
+        step = self._next(run, make)
+        if step is not None:
+            self._go_to(run, step)
+
+    def _next(self, run: Run, make: Callable[[ChildRow, BatchRow], Step | None]) -> Step | None:
+        store, key = self.tracker.store, run.ticket.key
+        row, batch = self._patiently(run, "advance", lambda: (store.child(key), store.batch(key.batch_id)))
+        return None if row is None or batch is None else make(row, batch)
+
+    def _go_to(self, run: Run, step: Step) -> None:
+        store, key, token = self.tracker.store, run.ticket.key, run.claimed.token
+        self._give_back(run, "advance", lambda: store.advance(key, token, step))
+
+    def _give_back(self, run: Run, what: str, write: Callable[[], object]) -> None:
         if not run.is_of_this_process:
             return
         run.page.phase(Phase.SETTLING)
+        self._patiently(run, what, write)
+        failpoints.reach(f"{what}.committed")
+        run.page.clear()
+        _best_effort(self.tracker, run, lambda: dispatch.pump(self.tracker, run.ticket.key.batch_id))
+
+    def _patiently(self, run: Run, what: str, ask: Callable[[], T]) -> T:
+        """Wait for a database that is away, however long."""
         waits = _delays(None)
         while True:
             try:
-                self.tracker.store.release(run.ticket.key, run.claimed.token, how)
+                return ask()
             except errors.DatabaseUnavailable as error:
-                self.tracker.emit(events.DatabaseAway(run.ticket.key, "release", str(error)))
+                self.tracker.emit(events.DatabaseAway(run.ticket.key, what, str(error)))
                 self.pause(next(waits) or 0.0)
-            else:
-                break
-        run.page.clear()
-        _best_effort(self.tracker, run, lambda: dispatch.pump(self.tracker, run.ticket.key.batch_id))
 
 
 def expire(tracker: Tracker, ticket: Ticket) -> None:

@@ -12,7 +12,7 @@ from celery_batchtrack.store import Store
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.ids import Ticket
-from celery_batchtrack.vocabulary.records import BatchRow, ChildRow
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, FirstFailure, NewBatch, NewChild, Step
 from celery_batchtrack.vocabulary.settings import Settings
 
 
@@ -60,6 +60,33 @@ class Codec(Protocol):
     def loads(self, text: str) -> Any: ...
 
 
+class Canvas(Protocol):
+    """What a child's stored steps mean to Celery."""
+
+    def expand(self, row: ChildRow, batch: BatchRow, prefix: tuple[Any, ...]) -> tuple[NewBatch, list[NewChild]]:
+        """The batch that a group or chord among a child's steps is. `prefix`: arguments put before its own."""
+
+    def next_step(self, row: ChildRow, batch: BatchRow, result: Any) -> Step | None:
+        """What follows the child's present step, with its result bound; None after the last."""
+
+
+class Backend(Protocol):
+    """Celery's result backend, for those who wait there for a body that will never run."""
+
+    def tell(self, batch: BatchRow, why: Sequence[FirstFailure]) -> None:
+        """Store the failures, and what became of the body. May raise anything."""
+
+
+class NoCanvas:
+    """Where nothing is known of Celery: children have one step."""
+
+    def expand(self, row: ChildRow, batch: BatchRow, prefix: tuple[Any, ...]) -> tuple[NewBatch, list[NewChild]]:
+        raise LookupError(f"{row.key}: {row.task} is no single task")
+
+    def next_step(self, row: ChildRow, batch: BatchRow, result: Any) -> Step | None:
+        return None
+
+
 def _policy_on_the_row(row: ChildRow, batch: BatchRow) -> RowPolicy | None:
     return RowPolicy.from_option(row.policy) if row.policy else None
 
@@ -81,6 +108,8 @@ class Tracker:
     policy_of: Callable[[ChildRow, BatchRow], RowPolicy | None] = field(default=_policy_on_the_row)
     #: Of what runs here (Python, Celery, this package, the application), for evidence.
     versions: Mapping[str, str] = field(default_factory=dict)
+    canvas: Canvas = field(default_factory=NoCanvas)
+    backend: Backend | None = None
 
     @property
     def store_id(self) -> uuid.UUID:

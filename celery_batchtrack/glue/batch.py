@@ -5,25 +5,28 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
-from celery import current_task
 from celery.result import assert_will_not_block
 
 from celery_batchtrack import errors
-from celery_batchtrack.behaviour import dispatch, finish, report, results
+from celery_batchtrack.behaviour import dispatch, finish, report, results, rounds
 from celery_batchtrack.behaviour.report import Report
+from celery_batchtrack.behaviour.run import Run
 from celery_batchtrack.vocabulary.evidence import IncidentRow
 from celery_batchtrack.vocabulary.ids import uuid7
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, NewBatch, NewChild, Progress
+from celery_batchtrack.vocabulary.settings import suggestion
 from celery_batchtrack.vocabulary.states import BatchStatus, EndReason, Kind, Status
 
-from . import codec, signatures
+from . import codec, rows, signatures
 from .extension import BatchTrack
 from .narrate import logger
 from .options import ValidOptions, validated
 from .progress import shown
+from .tracked_task import current_run
 
 
 class Child:
@@ -67,26 +70,37 @@ class Batch:
     """
 
     def __init__(self, name: str = "", *, app: Any = None, **options: Any) -> None:
-        self._extension = BatchTrack.of(app)
         if name:
             options["name"] = name
-        self._options: ValidOptions | None = validated(options, "batch")
-        self.id: uuid.UUID = uuid7()
+        self._prepare(BatchTrack.of(app), uuid7(), validated(options, "batch"))
+
+    def _prepare(self, extension: BatchTrack, batch_id: uuid.UUID, options: ValidOptions | None = None) -> None:
+        self._extension, self._options = extension, options
+        self.id: uuid.UUID = batch_id
         self._opened = self._broken = False
         self._buffer: list[NewChild] = []
         self._client: Any = None
-        #: Task ids of the children, where they were all given at once; empty on a handle from `get`.
+        self._chord: dict[str, Any] = {}
+        self._more: Extension | None = None
+        #: Ids of the children's results, where they were given here; empty on a handle from `get`.
         self.task_ids: list[str] = []
+        #: Of a chord: the id by which its body's outcome is asked for.
+        self.result_id: str | None = None
 
     # -- handles ---------------------------------------------------------------------------------
 
     @classmethod
     def _handle(cls, extension: BatchTrack, batch_id: uuid.UUID) -> Batch:
         batch = cls.__new__(cls)
-        batch._extension, batch.id, batch._options = extension, batch_id, None
-        batch._opened, batch._buffer, batch._client = False, [], None
-        batch._broken = False
-        batch.task_ids = []
+        batch._prepare(extension, batch_id)
+        return batch
+
+    @classmethod
+    def _of(cls, extension: BatchTrack, options: ValidOptions, **chord: Any) -> Batch:
+        """To be filled from a chord's lazy header: its children start at once."""
+        batch = cls.__new__(cls)
+        batch._prepare(extension, uuid7(), replace(options, start=options.start or "now"))
+        batch._chord = chord
         return batch
 
     @classmethod
@@ -94,6 +108,23 @@ class Batch:
         """The handle of an existing batch. Raises BatchNotFound."""
         extension = BatchTrack.of(app)
         return cls._handle(extension, extension.store.resolve(str(batch_id)))
+
+    @classmethod
+    def find(
+        cls, *, name: str | None = None, tags: str | Sequence[str] = (), metadata: Mapping[str, Any] | None = None,
+        status: str | BatchStatus | Sequence[str] | None = None, limit: int = 50, app: Any = None,
+    ) -> list[Batch]:  # fmt: skip
+        """Handles of batches with this name, all these tags, and these values in their metadata; newest first."""
+        extension = BatchTrack.of(app)
+        statuses = () if status is None else (status,) if isinstance(status, str) else tuple(status)
+        for each in statuses:
+            if each not in BatchStatus._value2member_map_:
+                raise errors.InvalidOption(f"{each!r} is no status of a batch: {[str(s) for s in BatchStatus]}")
+        wanted = (tags,) if isinstance(tags, str) else tuple(tags)
+        found = extension.store.list_batches(
+            statuses=[str(each) for each in statuses], name=name, tags=wanted, metadata=metadata, limit=limit
+        )
+        return [cls._handle(extension, each) for each in found]
 
     @classmethod
     def create(cls, name: str, children: Iterable[Any], *, app: Any = None, **options: Any) -> Batch:
@@ -113,27 +144,44 @@ class Batch:
         self._client = extension.client()
         opener = self._client.__enter__()
         try:
-            new = new_batch(extension, options, self.id, captured(extension), opened_by=opener)
-            extension.store.create(new)
+            if self._more is None:
+                new = rows.new_batch(
+                    extension.app, extension.settings, options, self.id, captured(extension), opened_by=opener,
+                    **self._chord,
+                )  # fmt: skip
+                self.result_id = new.result_id
+                _insert(extension, new)
+            else:
+                self._more.begin(opener)
         except BaseException:
             self._client.__exit__(None, None, None)
             raise
         self._opened = True
         return self
 
-    def add(self, *children: Any) -> None:
-        """Add children (signatures). Raises BatchStateError outside the ``with`` block, or if the batch has ended."""
+    def add(self, *children: Any, weight: int | None = None) -> None:
+        """Add children (signatures of any shape). Raises BatchStateError outside the ``with`` block, or if the batch
+        has ended; InvalidOption for a wrong `weight` (each child's share of the progress, a whole number).
+        """
         if not self._opened:
             raise errors.BatchStateError(
-                "children are added inside the block: `with Batch(…) as batch: batch.add(task.s(…))`"
+                "children are added inside the block: `with Batch(…) as batch: batch.add(task.s(…))`; to a batch that "
+                "is sealed, from one of its own children or callbacks: `with current_batch().extend() as batch: …`"
             )
+        if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int) or weight < 0):
+            raise errors.InvalidOption(f"weight must be a whole number of at least 0, not {weight!r}")
         self._check_whole()
         for child in children:
-            self._buffer.append(signatures.new_child(self._extension.app, child, {}, "a child", self._stored()))
+            made = rows.new_child(self._extension.app, child, f"child {len(self._buffer)}", self._stored(), weight)
+            self._buffer.append(made)
+            if self._chord:
+                self.task_ids.append(made.result_id or made.task_id)
             if len(self._buffer) >= self._extension.settings.insert_chunk:
-                self._flush()
+                self.flush()
 
     def _stored(self) -> dict[str, Any]:
+        if self._more is not None:
+            return self._more.options
         return {} if self._options is None else self._options.stored
 
     def add_many(self, children: Iterable[Any]) -> None:
@@ -141,12 +189,13 @@ class Batch:
         for child in children:
             self.add(child)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what was added so far. Happens by itself every `batchtrack_insert_chunk` children, and at the end."""
         if not self._buffer:
             return
         block, self._buffer = self._buffer, []
         self._broken = True  # until the block is known to be written: it may be lost, or there already
-        added = self._extension.store.add(self.id, block)
+        added = self._extension.store.add(self.id, block) if self._more is None else self._more.add(block)
         self._broken = False
         if added is None:
             raise errors.BatchStateError(f"batch {self.id} is open no more: it was {self.status} meanwhile")
@@ -175,16 +224,18 @@ class Batch:
         tracker = self._extension.tracker
         try:
             self._check_whole()
-            self._flush()
-            sealed = tracker.store.seal(self.id)
-        except BaseException:
-            finish.cancel(tracker, self.id, EndReason.EXCEPTION)
+            self.flush()
+            sealed = tracker.store.seal(self.id) if self._more is None else self._more.seal()
+        except BaseException as error:
+            self._cancel_after(type(error))
             raise
         if not sealed:
             raise errors.BatchStateError(f"batch {self.id} could not start: it was {self.status} meanwhile")
         _send(self._extension, self.id)
 
     def _cancel_after(self, kind: type[BaseException]) -> None:
+        if self._more is not None and not self._more.reopened:
+            return  # what was added runs; the batch, of which a child still runs, goes on
         try:
             finish.cancel(self._extension.tracker, self.id, EndReason.EXCEPTION)
         except errors.DatabaseUnavailable:
@@ -320,7 +371,7 @@ class Batch:
         return finish.cancel(self._extension.tracker, self.id, terminate=terminate) is not None
 
     def pause(self) -> bool:
-        """Start none of its children any more; what runs goes on, and may end the batch.
+        """Start none of its children any more, nor of batches nested in it; what runs goes on, and may end the batch.
 
         False if it was paused already, or has ended.
         """
@@ -329,6 +380,120 @@ class Batch:
     def resume(self) -> bool:
         """Go on after `pause`, or after the breaker (``max_crash_rate``) paused it. False if it was not paused."""
         return finish.resume(self._extension.tracker, self.id)
+
+    def retry(
+        self, only: str | Status | Sequence[str] | None = None, *, overrides: Mapping[str, Any] | None = None
+    ) -> int:
+        """Run the children that did not complete again, in the batch's next round; then its callbacks, with the
+        results of all. Returns how many; 0: there is nothing to retry, and the batch stays as it is.
+
+        Arguments:
+            only: of the children that ended so: ``"failed"``, ``"crashed"``, ``"cancelled"``, or several of them.
+            overrides: for their messages, options of `apply_async` such as ``{"queue": "bigmem"}``; and ``kwargs``,
+                put over their own.
+
+        Errors: BatchStateError while the batch runs; InvalidOption.
+        """
+        return rounds.retry(self._extension.tracker, self.id, _retried(only), _overrides(overrides))
+
+    def retry_callbacks(self) -> int:
+        """Call those callbacks of the present round again that did not complete. Returns how many."""
+        return rounds.retry_callbacks(self._extension.tracker, self.id)
+
+    def extend(self) -> Batch:
+        """Add children from within: ``with current_batch().extend() as batch: batch.add(…)``.
+
+        From a child that runs, they are added to its batch as they come, and run at once. From a callback after the
+        end, the batch is opened again: leaving the block seals it, and its next round runs; its callbacks are called
+        once more at the end of that.
+
+        Errors: BatchStateError elsewhere, or if the child has lost its row meanwhile.
+        """
+        current = current_run()
+        if current is None or current.run.ticket.key.batch_id != self.id:
+            raise errors.BatchStateError(
+                f"batch {self.id} is extended from one of its own children while that runs, or from one of its "
+                "callbacks: there, `with current_batch().extend() as batch: batch.add(…)`"
+            )
+        batch = Batch._handle(self._extension, self.id)
+        batch._options = validated({}, "batch")
+        batch._more = Extension(self._extension, current.run)
+        return batch
+
+    def nested(self) -> list[Batch]:
+        """Handles of the batches that its children wait for, or waited for, newest first."""
+        found = self._extension.store.list_batches(parent=self.id, limit=None)
+        return [Batch._handle(self._extension, each) for each in found]
+
+
+class Extension:
+    """Adds children to a batch from within one of its runs."""
+
+    def __init__(self, extension: BatchTrack, run: Run) -> None:
+        self._store, self._tracker = extension.store, extension.tracker
+        self._key, self._token = run.ticket.key, run.claimed.token
+        #: By a callback after the end: the batch is open again.
+        self.reopened = False
+        row = self._store.batch(self._key.batch_id)
+        self.options: dict[str, Any] = {} if row is None else row.options
+        self._callback = run.claimed.kind != Kind.CHILD
+
+    def begin(self, opener: uuid.UUID) -> None:
+        row = self._store.batch(self._key.batch_id)
+        if row is not None and self._callback and row.ended:
+            self.reopened = self._store.reopen(self._key, self._token, opener)
+            if not self.reopened:
+                self._refuse()
+
+    def add(self, block: Sequence[NewChild]) -> int | None:
+        if self.reopened:
+            return self._store.add(self._key.batch_id, block)
+        added = self._store.extend(self._key, self._token, block)
+        if added is None:
+            self._refuse()
+        dispatch.pump(self._tracker, self._key.batch_id)
+        return added
+
+    def seal(self) -> bool:
+        return self._store.seal(self._key.batch_id) if self.reopened else True
+
+    def _refuse(self) -> NoReturn:
+        raise errors.BatchStateError(
+            f"{self._key} is no longer the run that may extend its batch: it was cancelled, taken for dead, or another "
+            "callback opened the next round"
+        )
+
+
+def _retried(only: str | Status | Sequence[str] | None) -> tuple[Status, ...]:
+    wanted = rounds.NOT_COMPLETED if only is None else (only,) if isinstance(only, str) else tuple(only)
+    for each in wanted:
+        if each not in rounds.NOT_COMPLETED:
+            raise errors.InvalidOption(
+                f"retry(only=…) takes {', '.join(rounds.NOT_COMPLETED)}, not {each!r}: only such children are retried"
+            )
+    return tuple(dict.fromkeys(Status(each) for each in wanted))
+
+
+def _overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        raise errors.InvalidOption(f"overrides takes a mapping of options, not {overrides!r:.100}")
+    for name in overrides:
+        if name not in _OVERRIDES:
+            raise errors.InvalidOption(f"overrides knows no {name!r}{suggestion(str(name), list(_OVERRIDES))}")
+    queue, kwargs = overrides.get("queue"), overrides.get("kwargs", {})
+    if "queue" in overrides and not (isinstance(queue, str) and 0 < len(queue) <= 255):
+        raise errors.InvalidOption(f"overrides: queue must be a queue's name, not {queue!r:.100}")
+    if not isinstance(kwargs, Mapping):
+        raise errors.InvalidOption(f"overrides: kwargs must be a mapping, not {kwargs!r:.100}")
+    codec.dumps(dict(overrides))
+    return dict(overrides)
+
+
+_OVERRIDES = (
+    "queue", "kwargs", "priority", "time_limit", "soft_time_limit", "headers", "serializer", "compression",
+)  # fmt: skip
 
 
 def captured(extension: BatchTrack) -> dict[str, Any]:
@@ -339,59 +504,32 @@ def captured(extension: BatchTrack) -> dict[str, Any]:
     return headers
 
 
-def new_batch(
-    extension: BatchTrack, options: ValidOptions, batch_id: uuid.UUID, headers: Mapping[str, Any],
-    *, opened_by: uuid.UUID | None = None, errbacks: Sequence[Any] = (), body_id: str | None = None,
-) -> NewBatch:  # fmt: skip
-    """The row of a new batch, with its parent and callbacks."""
-    app = extension.app
-    callbacks = {
-        kind.value: [signatures.callback_entry(app, each, kind) for each in declared]
-        for kind, declared in options.callbacks.items()
-    }
-    if body_id is not None and callbacks[Kind.ON_SUCCESS.value]:
-        callbacks[Kind.ON_SUCCESS.value][0]["task_id"] = body_id
-    callbacks[Kind.ON_FAILURE.value] += [
-        signatures.callback_entry(app, each, Kind.ON_FAILURE, errback_of=body_id) for each in errbacks
-    ]
-    parent = current_task.request if current_task and not current_task.request.called_directly else None
-    return NewBatch(
-        id=batch_id,
-        name=options.name,
-        callbacks=signatures.callbacks_json(callbacks),
-        options=options.stored,
-        headers=codec.dumps(dict(headers)) if headers else None,
-        start_now=options.start_now,
-        shards=extension.settings.shards,
-        parent_task_id=parent.id if parent else None,
-        parent_task=current_task.name if parent else None,
-        root_id=(parent.root_id or parent.id) if parent else None,
-        opened_by=opened_by,
-    )
-
-
 def start(
-    extension: BatchTrack, options: ValidOptions, header: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
-    errbacks: Sequence[Any] = (), body_id: str | None = None,
+    extension: BatchTrack, options: ValidOptions, header: Iterable[Any], *, body: Any = None,
+    root_id: str | None = None, parent_id: str | None = None,
 ) -> Batch:  # fmt: skip
     """Create a sealed batch from signatures, in one transaction, and send its children."""
     headers = captured(extension)
     children = [
-        signatures.new_child(extension.app, each, overrides or {}, f"header element {at}", options.stored)
+        rows.new_child(extension.app, each, f"header element {at}", options.stored)
         for at, each in enumerate(header)
     ]
-    new = new_batch(extension, options, uuid7(), headers, errbacks=errbacks, body_id=body_id)
+    new = rows.new_batch(
+        extension.app, extension.settings, options, uuid7(), headers, body=body, root_id=root_id,
+        parent_id=parent_id, children=len(children),
+    )  # fmt: skip
     _create(extension, new, children)
     _send(extension, new.id)
     batch = Batch._handle(extension, new.id)
-    batch.task_ids = [child.task_id for child in children]
+    batch.result_id = new.result_id
+    batch.task_ids = [child.result_id or child.task_id for child in children]
     return batch
 
 
 def _create(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild]) -> None:
     """Sealed, in one transaction. If only the commit's answer was lost, the batch is there."""
     try:
-        extension.store.create(new, children, seal=True)
+        _insert(extension, new, children, seal=True)
     except errors.DatabaseUnavailable:
         try:
             there = extension.store.batch(new.id) is not None
@@ -399,6 +537,18 @@ def _create(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild]) 
             there = False
         if not there:
             raise
+
+
+def _insert(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild] = (), *, seal: bool = False) -> None:
+    if new.parent_batch is None:
+        extension.store.create(new, children, seal=seal)
+        return
+    name = str(new.id)
+    waiting = NewChild(task="celery.group", task_id=name, signature='{"args": []}', weight=0, result_id=name)
+    if extension.store.create_nested(new, waiting, children, seal=seal) is None:
+        raise errors.BatchStateError(
+            f"parent_batch {new.parent_batch} has ended, or is not there: a batch is nested in one that still runs"
+        )
 
 
 def _send(extension: BatchTrack, batch_id: uuid.UUID) -> None:

@@ -1,242 +1,232 @@
-"""`chord`: called as Celery's, tracked as a batch."""
+"""`chord`: Celery's, tracked as a batch.
+
+A subclass of Celery's chord, so that Celery's canvas takes it for one wherever it looks; only what starting it means
+is another. Serialised it is one of Celery's, with one more key among its ``kwargs`` that Celery carries along and does
+not read: who does not know this package runs it as Celery's own.
+"""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping
+from types import GeneratorType
+from typing import Any
 
-from celery.canvas import Signature, group, maybe_signature
+from celery.canvas import Signature, _chain, group, maybe_signature
 from celery.canvas import chord as celery_chord
-from celery.result import AsyncResult, assert_will_not_block
-from celery.utils.functional import maybe_list
+from celery.utils.functional import _regen
 from kombu.utils.uuid import uuid as new_task_id
 
 from celery_batchtrack import errors
-from celery_batchtrack.vocabulary.records import ChildRow
-from celery_batchtrack.vocabulary.states import BatchStatus, Kind, Status
 
-from . import codec, signatures
-from .batch import Batch, start
+from . import batch, canvas, options, rows, signatures
+from .chord_result import body_result, header_result
 from .extension import BatchTrack
 from .narrate import logger
-from .options import ValidOptions, validated
 
-#: Options of `apply_async` that belong to the body, not to the header's tasks.
-_BODY_ONLY = ("task_id", "link", "link_error")
-
-
-class ChordResult(AsyncResult):  # type: ignore[misc]
-    """The body's result, read from the tracking database: no result backend is needed.
-
-    `batch` is the handle of the chord's batch; `parent` the header's group result (its ids).
-    """
-
-    batch: Batch
-
-    def __init__(self, id: str, batch: Batch, app: Any = None, parent: Any = None) -> None:
-        super().__init__(id, app=app, parent=parent)
-        self.batch = batch
-
-    def _body(self) -> ChildRow | None:
-        rows = self.batch._extension.store.callback_rows(self.batch.id)
-        return next((row for row in rows if row.kind == Kind.ON_SUCCESS and row.task_id == self.id), None)
-
-    def get(self, timeout: float | None = None, propagate: bool = True, interval: float = 0.5, **options: Any) -> Any:
-        """What the body returned, once it has run.
-
-        Errors: BatchTimeout after `timeout` seconds; with `propagate`, BatchFailed where the batch failed (the
-        body never ran), or where the body itself did.
-        """
-        if options.get("disable_sync_subtasks", True):
-            assert_will_not_block()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        ended = self.batch._wait(timeout)
-        if ended in (BatchStatus.FAILED, BatchStatus.CANCELLED):
-            return self._no_body(ended, propagate)
-        while True:
-            body = self._body()
-            if body is None or body.status not in (Status.PENDING, Status.RUNNING):
-                return self._answer(body, propagate)
-            if deadline is not None and time.monotonic() > deadline:
-                raise errors.BatchTimeout(f"the callback {body.task} of batch {self.batch.id} has not ended")
-            self.batch._pause(min(interval, self.batch._extension.settings.wait_poll))
-
-    def _no_body(self, ended: BatchStatus, propagate: bool) -> Any:
-        error = errors.BatchFailed(str(self.batch.report()))
-        if propagate:
-            raise error
-        return error
-
-    def _answer(self, body: ChildRow | None, propagate: bool) -> Any:
-        if body is not None and body.status == Status.COMPLETED:
-            return None if body.result is None else codec.loads(body.result)
-        said = f"the callback {body.task} {body.status}: {body.cause}" if body else "the batch has no callback"
-        incidents = self.batch.incidents() if body else []
-        message = next((each.message for each in reversed(incidents) if body and each.position == body.position), None)
-        error = errors.BatchFailed(f"{said}{f' ({message})' if message else ''}; batch {self.batch.id}")
-        if propagate:
-            raise error
-        return error
-
-    wait = get  # Celery's deprecated alias
-
-    @property
-    def state(self) -> str:
-        """SUCCESS, FAILURE, STARTED or PENDING, of the body."""
-        ended = self.batch.status
-        if ended in (BatchStatus.FAILED, BatchStatus.CANCELLED):
-            return "FAILURE"
-        body = self._body()
-        if body is None or body.status == Status.PENDING:
-            return "PENDING"
-        return {Status.COMPLETED: "SUCCESS", Status.RUNNING: "STARTED"}.get(Status(body.status), "FAILURE")
-
-    status = state
-
-    def _get_task_meta(self) -> dict[str, Any]:
-        """What Celery's own properties (`result`, `info`, …) read; from the row, not from a backend."""
-        state = self.state
-        body = self._body() if state in ("SUCCESS", "FAILURE") else None
-        result: Any = None
-        if state == "SUCCESS" and body is not None and body.result is not None:
-            result = codec.loads(body.result)
-        elif state == "FAILURE":
-            result = errors.BatchFailed(str(self.batch.report()))
-        return {"status": state, "result": result, "traceback": None, "children": [], "task_id": self.id}
-
-    def forget(self) -> None:
-        """Nothing to forget: the row stays until its batch is pruned."""
-
-    def ready(self) -> bool:
-        return self.state in ("SUCCESS", "FAILURE")
-
-    def successful(self) -> bool:
-        return self.state == "SUCCESS"
-
-    def failed(self) -> bool:
-        return self.state == "FAILURE"
+#: Among a chord's ``kwargs``: the options of its batch. That it is there says whose chord it is.
+KEY = "batchtrack"
+#: A header that is a generator is started while it is read: a child waits no longer than this for company (s).
+_LONGEST_WAIT = 0.2
 
 
-class chord(Signature):  # type: ignore[misc]
+class chord(celery_chord):  # type: ignore[misc]
     """``chord(header)(body)``: run the header's tasks, then the body with their results in order.
 
-    Called as Celery's chord; ``batch={…}`` takes the options of a batch (`BatchOptions`). The body runs when the
-    batch ends `completed` or `partial`; otherwise its errbacks do. With ``batchtrack_enabled = False`` it is Celery's.
+    Everything that Celery's chord is, and a batch: ``batch={…}`` takes the options of one (`BatchOptions`). The body
+    runs when the batch ends `completed` or `partial`; otherwise its errbacks do. With ``batchtrack_enabled = False``
+    it is Celery's.
 
     Arguments:
-        header: signatures of tasks: a list, a generator, a group. None at all: the body runs with ``[]``.
-        body: signature of one task; may be given at the call.
+        header: signatures of any shape: a list, a group, a single one; or a generator, which is read while its first
+            tasks run already (``start="now"``). None at all: the body runs with ``[]``.
+        body: a signature of any shape; may be given at the call.
         batch: options of the batch; unknown ones are an error at the call.
 
-    Errors: UnsupportedCanvas for shapes this version does not track (chains, nested chords and groups), at the call.
+    Errors: UnsupportedCanvas for what is no signature, InvalidOption for wrong options, both at the call.
     """
 
     def __init__(
-        self, header: Any, body: Any = None, *, app: Any = None, batch: Mapping[str, Any] | None = None, **options: Any
-    ) -> None:
-        super().__init__("celery_batchtrack.chord", app=app, **options)
+        self, header: Any = (), body: Any = None, task: str = "celery.chord", args: Any = None, kwargs: Any = None,
+        app: Any = None, *, batch: Mapping[str, Any] | None = None, **given: Any,
+    ) -> None:  # fmt: skip
+        kwargs = dict(kwargs) if kwargs else {"kwargs": {}}
+        if batch is None:
+            batch = kwargs.pop(KEY, None)
         if batch is not None and not isinstance(batch, Mapping):
             raise errors.InvalidOption(f"batch= takes a mapping of options, not {batch!r:.100}")
-        given = dict(batch or {})
-        if "on_success" in given:
+        wanted = dict(batch or {})
+        if "on_success" in wanted:
             raise errors.InvalidOption("a chord's on_success is its body: leave it out of batch={…}, or use Batch(…)")
-        self.header, self.body, self.batch_options = _members(header), body, given
-        self._valid(given)
-
-    def _valid(self, given: Mapping[str, Any]) -> ValidOptions:
-        return validated(given, str(getattr(self.body, "task", None) or "chord"))
-
-    def __call__(self, body: Any = None, **options: Any) -> Any:
-        """Start the chord; `options` are those of `apply_async` for the header's tasks. Returns a ChordResult."""
-        return self.apply_async(body=body, **options)
-
-    def apply_async(self, args: Any = None, kwargs: Any = None, *, body: Any = None, **options: Any) -> Any:
-        """Start the chord. `args` and `kwargs` are added to each header task's own."""
-        body = body if body is not None else self.body
-        if body is None:
-            raise errors.InvalidOption("a chord needs a body: chord(header)(body)")
-        if "batch" in options:  # would go to the broker with each message, and be lost
-            raise errors.InvalidOption("batch= belongs to the chord, not to its call: chord(header, batch={…})(body)")
-        options = {**(self.get("options") or {}), **options}
-        extension = BatchTrack.of(self._app or getattr(body, "_app", None))
-        header = [_partial(each, args, kwargs, extension.app) for each in self.header]
-        if not extension.enabled:
-            if self.batch_options:
-                logger.warning(
-                    "action=untracked_chord batchtrack_enabled is off: batch=%s has no effect", self.batch_options
-                )
-            return celery_chord(header, app=extension.app)(maybe_signature(body, app=extension.app), **options)
-        return self._start(extension, header, body, options)
-
-    def delay(self, *args: Any, **kwargs: Any) -> Any:
-        """`apply_async` with these arguments added to each header task's own."""
-        return self.apply_async(args, kwargs)
-
-    def _start(self, extension: BatchTrack, header: list[Any], body: Any, options: dict[str, Any]) -> ChordResult:
-        app = extension.app
-        body = signatures.plain_signature(app, body, "the body").clone()
-        for name in ("link", "link_error"):
-            for callback in maybe_list(options.get(name)) or []:
-                body.append_to_list_option(name, callback)
-        body_id = str(options.get("task_id") or body.options.get("task_id") or new_task_id())
-        given = {**self.batch_options, "on_success": body}
-        given.setdefault("name", body.task)
-        overrides = {key: value for key, value in options.items() if key not in _BODY_ONLY}
-        batch = start(
-            extension, self._valid(given), header, overrides=overrides,
-            errbacks=maybe_list(body.options.get("link_error")) or [], body_id=body_id,
+        options.validated(wanted, "chord")
+        super().__init__(
+            _checked(header, app), body, task=task, args=args, kwargs={**kwargs, KEY: options.plain(wanted)}, app=app,
+            **given,
         )  # fmt: skip
-        children = [app.AsyncResult(task_id) for task_id in batch.task_ids]
-        parent = app.GroupResult(str(batch.id), children)
-        return ChordResult(body_id, batch, app=app, parent=parent)
 
-    def link(self, callback: Any) -> Any:
-        """A callback of the body, as with Celery's chord."""
-        self.append_to_list_option("link", callback)
-        return callback
+    @classmethod
+    def from_dict(cls, d: Any, app: Any = None) -> Any:
+        """The serialised form of one of ours; one of Celery's own is left to Celery."""
+        if KEY not in d["kwargs"]:
+            return celery_chord.from_dict(d, app=app)
+        return super().from_dict(d, app=app)
 
-    def link_error(self, errback: Any) -> Any:
-        """An errback of the chord: for a header that failed, and for a body that did."""
-        self.append_to_list_option("link_error", errback)
-        return errback
-
-    def on_error(self, errback: Any) -> chord:
-        self.link_error(errback)
-        return self
-
-    def set(self, immutable: Any = None, **options: Any) -> chord:
-        """Options of the header's tasks (`task_id`: of the body)."""
-        self["options"] = {**(self.get("options") or {}), **options}
-        return self
-
-    def _unsupported(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise errors.UnsupportedCanvas(
-            "this version of celery-batchtrack starts a chord by chord(header)(body) or apply_async(); it cannot be "
-            "copied, frozen, stamped or put into other canvas (chains, groups, other chords): use Celery's own there"
-        )
-
-    clone = freeze = __or__ = __ror__ = __deepcopy__ = __copy__ = __reduce__ = __json__ = _unsupported
-    stamp = apply = set_immutable = replace = _unsupported
-
-    def __repr__(self) -> str:
-        return f"<celery_batchtrack.chord {self.body!r}>"
+    def apply_async(self, args: Any = None, kwargs: Any = None, **given: Any) -> Any:
+        """Start the chord. `args` and `kwargs` are added to each header task's own; options go to the header's tasks
+        and the body, as with Celery's. Returns a result with the handle of its batch in ``.batch``."""
+        if "batch" in given or KEY in given:  # would go to the broker with each message, and be lost
+            raise errors.InvalidOption("batch= belongs to the chord, not to its call: chord(header, batch={…})(body)")
+        return start(self, args, kwargs, given)
 
 
-def _members(header: Any) -> list[Any]:
-    if isinstance(header, group):
-        return list(header.tasks)
-    if isinstance(header, Mapping):
-        return [header]
-    try:
-        return list(header)
-    except TypeError:
-        raise errors.UnsupportedCanvas(
-            f"a header is signatures in a list, a generator or a group, not {header!r:.100}"
-        ) from None
+    def apply(self, args: Any = None, kwargs: Any = None, **given: Any) -> Any:
+        """Run it in this process; tracked where `task_always_eager` is on, or else as Celery's own."""
+        if not self._get_app(self.body).conf.task_always_eager:
+            return super().apply(args, kwargs, **given)
+        return start(self, args, kwargs, given)
 
 
-def _partial(signature: Any, args: Any, kwargs: Any, app: Any) -> Any:
-    if not (args or kwargs) or not isinstance(signature, Mapping):
-        return signature
-    return maybe_signature(signature, app=app).clone(args, kwargs)
+def register() -> None:
+    """Let Celery make ours of what is serialised as ours."""
+    Signature.register_type(name="chord")(chord)
+
+
+register()
+_apply_celerys, _run_celerys = celery_chord.apply_async, celery_chord.apply
+
+
+def _is_replaced(signature: Any, kwargs: Any) -> bool:
+    body = (kwargs or {}).get("body") or signature.kwargs.get("body")
+    extension = getattr(signature._get_app(body), "batchtrack", None) if body is not None else None
+    return extension is not None and extension.replace_celery_chord and extension.enabled
+
+
+@functools.wraps(_apply_celerys)
+def _apply_async(self: Any, args: Any = None, kwargs: Any = None, **given: Any) -> Any:
+    if _is_replaced(self, kwargs):
+        return start(self, args, kwargs, given)
+    return _apply_celerys(self, args, kwargs, **given)
+
+
+@functools.wraps(_run_celerys)
+def _apply(self: Any, args: Any = None, kwargs: Any = None, **given: Any) -> Any:
+    if type(self) is celery_chord and _is_replaced(self, kwargs) and self._get_app().conf.task_always_eager:
+        return start(self, args, kwargs, given)
+    return _run_celerys(self, args, kwargs, **given)
+
+
+def replace_celerys() -> None:
+    """Route Celery's own chords through ours, in apps whose ``BatchTrack(app, replace_celery_chord=True)`` asks for
+    it; each app decides for itself."""
+    celery_chord.apply_async, celery_chord.apply = _apply_async, _apply
+
+
+def start(signature: Any, args: Any, kwargs: Any, given: Mapping[str, Any]) -> Any:
+    """Start a chord, ours or Celery's, as a batch."""
+    kwargs = dict(kwargs or {})
+    body = kwargs.pop("body", None) or signature.kwargs.get("body")
+    if body is None:
+        raise errors.InvalidOption("a chord needs a body: chord(header)(body)")
+    app = signature._get_app(maybe_signature(body))
+    extension = BatchTrack.of(app)
+    body = signatures.signature_of(app, body, "the body")
+    if not extension.enabled:
+        return _as_celerys(signature, args, {**kwargs, "body": body}, given)
+    common = {**(signature.options or {}), **{name: each for name, each in given.items() if each is not None}}
+    args = tuple(args or ())
+    args = (*args, *signature.args) if args and not signature.immutable else tuple(signature.args or ())
+    body, result = rows.frozen_body(app, body, common, given.get("task_id") or new_task_id())
+    plain = options.validated(dict(signature.kwargs.get(KEY) or {}), _name(body))
+    header_kwargs = {**(signature.kwargs.get("kwargs") or {}), **kwargs}
+    header = _Header(extension, signature.tasks, args, header_kwargs, common)
+    made = _streamed(header, plain, body) if header.lazy else _whole(header, plain, body)
+    group_id = _group_id(signature) or str(made.id)
+    return body_result(result, made, header_result(made, group_id, made.task_ids, app), app)
+
+
+def _as_celerys(signature: Any, args: Any, kwargs: dict[str, Any], given: Mapping[str, Any]) -> Any:
+    """``batchtrack_enabled = False``: as if the import had never been changed."""
+    wanted = signature.kwargs.get(KEY)
+    if wanted:
+        logger.warning("action=untracked_chord batchtrack_enabled is off: batch=%s has no effect", wanted)
+    return _apply_celerys(signature, args, kwargs, **given)
+
+
+def _name(body: Any) -> str:
+    """A batch's default name: its body's task, the first of a chain."""
+    while isinstance(body, (_chain, celery_chord)):
+        body = body.tasks[0] if isinstance(body, _chain) else body.body
+    return str(body.task)[:255]
+
+
+def _group_id(signature: Any) -> str | None:
+    header = signature.tasks
+    found = header.options.get("task_id") if isinstance(header, group) else None
+    return None if found is None else str(found)
+
+
+class _Header:
+    """A header's children, made as they are asked for."""
+
+    def __init__(
+        self, extension: BatchTrack, tasks: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+        common: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        self.extension, self.tasks, self.args, self.kwargs = extension, tasks, args, kwargs
+        self.root_id, self.parent_id = common.get("root_id"), common.get("parent_id")
+        left_out = (*signatures.NOT_KEPT, *rows.NOT_FOR_HEADER)
+        self.options = {name: each for name, each in common.items() if name not in left_out}
+
+    @property
+    def lazy(self) -> bool:
+        """A generator that nobody has read yet."""
+        inner = self.tasks.tasks if isinstance(self.tasks, group) else self.tasks
+        return isinstance(inner, _regen) and not getattr(inner, "_regen__done", True)
+
+    def elements(self) -> Iterator[Any]:
+        for each in canvas.elements(self.extension.app, self.tasks):
+            yield canvas.given(each, self.args, self.kwargs, self.options)
+
+
+def _whole(header: _Header, plain: options.ValidOptions, body: Any) -> batch.Batch:
+    """All rows in one transaction: no client, no pulse."""
+    return batch.start(
+        header.extension, plain, header.elements(), body=body, root_id=header.root_id, parent_id=header.parent_id
+    )
+
+
+def _streamed(header: _Header, plain: options.ValidOptions, body: Any) -> batch.Batch:
+    """Children start while the header is still being read, as with Celery's chord."""
+    opened = batch.Batch._of(header.extension, plain, body=body, root_id=header.root_id, parent_id=header.parent_id)
+    with opened:
+        last = time.monotonic()
+        for each in header.elements():
+            opened.add(each)
+            if time.monotonic() - last >= _LONGEST_WAIT:
+                opened.flush()
+                last = time.monotonic()
+    return opened
+
+
+def _checked(header: Any, app: Any) -> Any:
+    """What Celery's chord would take for a task's name is an error at once; of a generator, when it is read."""
+    if header is None:
+        return []
+    if isinstance(header, (Mapping, str)):
+        return header if isinstance(header, Mapping) else _refused(header)
+    if isinstance(header, GeneratorType):
+        return (signatures.signature_of(app, each, f"header element {at}") for at, each in enumerate(header))
+    if not isinstance(header, Iterable):
+        return _refused(header)
+    if isinstance(header, _regen):
+        return header
+    listed = header if isinstance(header, (list, tuple)) else list(header)
+    for at, each in enumerate(listed):
+        signatures.signature_of(app, each, f"header element {at}")
+    return listed
+
+
+def _refused(header: Any) -> Any:
+    raise errors.UnsupportedCanvas(f"a header is signatures in a list, a generator or a group, not {header!r:.100}")
+

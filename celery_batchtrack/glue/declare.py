@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar, get_type_hints, overload
 
 from celery.app.task import Task
@@ -38,6 +39,7 @@ class TaskOptions:
 
     items: str | Callable[..., Any] | None = None
     item_id: str | tuple[str, ...] | Callable[[Any], Any] | None = None
+    weight: str | Callable[..., Any] | None = None
     on_crash: str | CrashPolicy = "as_acks"
     max_crashes: int | None = None
     merge: str | None = None
@@ -76,6 +78,8 @@ class TaskOptions:
             raise errors.InvalidOption(f"item_id must be names or a callable, not {self.item_id!r}")
         if self.item_id is not None and self.items is None:
             raise errors.InvalidOption("item_id needs items: which argument holds the items?")
+        if not (self.weight is None or isinstance(self.weight, str) or callable(self.weight)):
+            raise errors.InvalidOption(f"weight must be a name or a callable, not {self.weight!r}")
         if self.results not in ("store", "none"):
             raise errors.InvalidOption(f"results must be 'store' or 'none', not {self.results!r}")
 
@@ -131,6 +135,7 @@ def tracked(function: F, /) -> F: ...
 @overload
 def tracked(
     *, items: str | Callable[..., Any] | None = ..., item_id: str | Sequence[str] | Callable[[Any], Any] | None = ...,
+    weight: str | Callable[..., Any] | None = ...,
     on_crash: str | CrashPolicy = ..., max_crashes: int | None = ...,
     merge: str | Callable[[list[Any]], Any] | None = ...,
     results: str = ..., stall_timeout: float | None = ..., store_arguments: bool = ...,
@@ -144,6 +149,9 @@ def tracked(function: Any = None, /, **options: Any) -> Any:
         items: name of the argument that holds the items, or ``callable(*args, **kwargs) -> items``.
         item_id: key(s) or attribute(s) of an item, or ``callable(item)``. Several are joined by ``:``,
             missing ones left out. Without it, items that are strings or numbers identify themselves.
+        weight: what progress is measured by, instead of by items: a key or attribute of each item, or
+            ``callable(item)``, summed; without `items`, the name of an argument, or ``callable(*args, **kwargs)``.
+            Numbers of at least 0, rounded up to whole ones.
         on_crash: ``"as_acks"`` (default: what the task told Celery by ``acks_late`` and
             ``reject_on_worker_lost``), ``"record"``, ``"retry"``, ``"bisect"`` (the items go to two successors, again
             and again, until the one that kills is alone), ``"skip"`` (the item in hand alone is crashed, all others
@@ -296,6 +304,47 @@ def items_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
         return (), 1
     items = _items(task, options.items, args, kwargs)
     return tuple(_identifier(item, options.item_id, task, at) for at, item in enumerate(items)), len(items)
+
+
+def weight_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """What a child counts for in its batch's progress; None: as many as its items. Raises InvalidOption."""
+    options = options_of(task)
+    how = options.weight
+    if how is None:
+        return None
+    if options.items is not None:
+        items = _items(task, options.items, args, kwargs)
+        return _rounded(task, how, sum(_weighed(task, how, partial(_part_or_call, item, how)) for item in items))
+    read = partial(how, *args, **kwargs) if callable(how) else partial(argument, task, how, args, kwargs)
+    return _rounded(task, how, _weighed(task, how, read))
+
+
+def _part_or_call(item: Any, how: Any) -> Any:
+    return how(item) if callable(how) else _part(item, how)
+
+
+def _weighed(task: Any, how: Any, read: Callable[[], Any]) -> float:
+    try:
+        found = read()
+        number = float(found)
+    except errors.InvalidOption:
+        raise
+    except Exception as error:
+        raise errors.InvalidOption(
+            f"{task.name}: weight={how!r} cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    if not 0 <= number < math.inf:
+        raise errors.InvalidOption(f"{task.name}: weight={how!r} gives {found!r}: a weight is a number of at least 0")
+    return number
+
+
+_HEAVIEST = 2**53
+
+
+def _rounded(task: Any, how: Any, weight: float) -> int:
+    if weight > _HEAVIEST:
+        raise errors.InvalidOption(f"{task.name}: weight={how!r} gives {weight:g}, more than {_HEAVIEST}")
+    return math.ceil(weight)
 
 
 def _items(task: Any, declared: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

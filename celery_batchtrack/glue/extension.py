@@ -31,8 +31,9 @@ from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow
 from celery_batchtrack.vocabulary.settings import Settings
 
-from . import codec, configuration, declare, narrate, signatures, worker
+from . import codec, configuration, declare, narrate, rows, signatures, worker
 from .attendant import Attendant, Pulse
+from .backend import AppBackend, TablesBackend
 from .embedded import alias
 from .isolation import Gate, IsolatedQueues, send_back
 from .publish import AppPublisher
@@ -74,16 +75,21 @@ class BatchTrack:
         app: the Celery app, before or after it is configured or finalized.
         capture: callables that return headers (JSON-able mappings, or None) of the creator's context, such as
             its tenant or trace. Called when a batch is created; sent with its messages by whoever publishes.
+        replace_celery_chord: chords that are Celery's own, made by ``celery.chord`` or ``group | task``, are batches
+            too, in this app and in the libraries that it uses.
 
     Installs hooks of the worker, the beat entry ``batchtrack-detect-crashes`` and the tracking of every task.
     Configuration (``batchtrack_*``) is read at first use.
     """
 
-    def __init__(self, app: Any, *, capture: Iterable[Capture] = ()) -> None:
+    def __init__(
+        self, app: Any, *, capture: Iterable[Capture] = (), replace_celery_chord: bool = False
+    ) -> None:
         if getattr(app, "batchtrack", None) is not None:
             raise errors.ImproperlyConfigured(f"BatchTrack({app.main or app}) was called twice")
         alias.register()
         self.app = app
+        self.replace_celery_chord = replace_celery_chord
         self.capture: tuple[Capture, ...] = tuple(capture)
         self.attendant: Attendant | None = None
         self._lock = threading.RLock()
@@ -118,7 +124,14 @@ class BatchTrack:
     # -- installing ------------------------------------------------------------------------------
 
     def _install(self) -> None:
+        from . import chord  # which needs this module
+
         app = self.app
+        chord.register()
+        if self.replace_celery_chord:
+            chord.replace_celerys()
+        # "disabled" is what Celery takes where no result backend is configured.
+        app.loader.override_backends["disabled"] = f"{TablesBackend.__module__}:{TablesBackend.__name__}"
         app.steps["worker"].add(worker.AttendanceStep)
         app.steps["consumer"].add(worker.UndecodableStep)
         app.steps["consumer"].add(worker.LoopStep)
@@ -216,7 +229,7 @@ class BatchTrack:
         )  # fmt: skip
         return Tracker(
             store, settings, AppPublisher(self.app), codec, narrate.subscriber(self.app), self._policy_of,
-            self._versions(settings),
+            self._versions(settings), rows.AppCanvas(self.app, settings), AppBackend(self.app),
         )  # fmt: skip
 
     def _policy_of(self, row: ChildRow, batch: BatchRow) -> RowPolicy | None:

@@ -70,6 +70,13 @@ _LINES: dict[type, Callable[[Any], tuple[int, str, tuple[Any, ...]]]] = {
         logging.INFO, "action=batch_ended %s %r %s%s",
         (e.batch_id, e.name, e.status, f" ({e.reason})" if e.reason else ""),
     ),
+    events.BackendAway: lambda e: (
+        logging.WARNING, "action=backend_away the result backend did not take the end of %s: %s (a sweep tells it)",
+        (e.batch_id, e.error),
+    ),
+    events.BatchRetried: lambda e: (
+        logging.INFO, "action=batch_retried %s: %d children run again in round %d", (e.batch_id, e.children, e.round),
+    ),
     events.Redispatched: lambda e: (
         logging.WARNING, "action=redispatched batch %s: %d children were published again, since nobody claimed them",
         (e.batch_id, e.count),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, TypedDict
 
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary.crash_policy import CrashPolicy
 from celery_batchtrack.vocabulary.policies import CrashRate, Tolerance
-from celery_batchtrack.vocabulary.settings import suggestion
+from celery_batchtrack.vocabulary.settings import seconds, suggestion
 from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, Kind
 
 
@@ -21,7 +24,14 @@ class BatchOptions(TypedDict, total=False):
     ``start``: ``"seal"`` (default: nothing is sent before the batch is complete) or ``"now"``.
     ``on_success`` gets the ordered results of completed children (``callback_arg="results"``, the default), the
     ``"report"``, or ``"nothing"``; ``on_failure``, ``on_first_failure`` and ``on_finish`` get the report.
-    ``results``: ``"store"`` (default) or ``"none"``, for batches whose results nobody reads.
+    ``on_progress``: ``{50: half.s(), 90: nearly.s()}``: called once with the report when so many percent are settled.
+    ``results``: ``"store"`` (default); ``"backend"``: also in Celery's result backend, under the children's task ids;
+    or ``"none"``, for batches whose results nobody reads.
+    ``deadline`` (seconds, text such as ``"2h"``, a timedelta, or a datetime): what is open then is cancelled.
+    ``parent_batch`` (a `Batch` or its id): this batch is a child of that one, which ends after it.
+    ``description``, ``tags`` (texts) and ``metadata`` (JSON) can be searched by.
+    ``owner``: the application's own row that this batch goes with when that is deleted: ``{"upload": 4711}``, or an
+    object of a model whose table is named in the setting `batchtrack_owners`.
     ``on_crash`` (a name or a `CrashPolicy`) and ``max_crashes``: instead of what the children's tasks declare.
     ``max_crash_rate``: text such as ``"20%"``: if more of the runs that ended within ``crash_window`` (seconds, or
     text; default 5 minutes) died, and at least three, the batch is paused; ``batch.resume()`` goes on.
@@ -36,16 +46,23 @@ class BatchOptions(TypedDict, total=False):
     max_crashes: int
     max_crash_rate: str
     crash_window: float | str | timedelta
+    deadline: float | str | timedelta | datetime
+    parent_batch: Any
+    description: str
+    tags: Sequence[str]
+    metadata: Mapping[str, Any]
+    owner: Any
     on_success: Any
     on_failure: Any
     on_first_failure: Any
     on_finish: Any
+    on_progress: Mapping[int, Any]
 
 
 _CHOICES = {
     "start": ("seal", "now"),
     "callback_arg": ("results", "report", "nothing"),
-    "results": ("store", "none"),
+    "results": ("store", "backend", "none"),
 }
 
 
@@ -54,9 +71,22 @@ class ValidOptions:
     """A batch's options, checked."""
 
     name: str
-    start_now: bool
+    start: str | None  # as it was given
     stored: dict[str, Any]
     callbacks: dict[Kind, list[Any]]
+    #: Percent of each `on_progress` callback.
+    milestones: tuple[int, ...] = ()
+    description: str | None = None
+    tags: tuple[str, ...] = ()
+    metadata: dict[str, Any] | None = None
+    deadline_in: float | None = None
+    deadline: datetime | None = None
+    parent_batch: uuid.UUID | None = None
+    owner: Any = None
+
+    @property
+    def start_now(self) -> bool:
+        return self.start == "now"
 
 
 def validated(options: Mapping[str, Any], default_name: str) -> ValidOptions:
@@ -78,14 +108,110 @@ def validated(options: Mapping[str, Any], default_name: str) -> ValidOptions:
         "results": options.get("results", "store"),
     }
     stored.update(_crash_options(options))
-    callbacks = {kind: _several(options.get(kind.value)) for kind in CALLBACK_KINDS}
-    return ValidOptions(name, options.get("start") == "now", stored, callbacks)
+    milestones = _milestones(options.get("on_progress"))
+    callbacks: dict[Kind, list[Any]] = {Kind.ON_PROGRESS: [callback for _, callback in milestones]}
+    callbacks.update((kind, several(options.get(kind.value))) for kind in CALLBACK_KINDS if kind not in callbacks)
+    deadline_in, deadline = _deadline(options.get("deadline"))
+    return ValidOptions(
+        name, options.get("start"), stored, callbacks,
+        milestones=tuple(percent for percent, _ in milestones),
+        description=_text("description", options.get("description")), tags=_tags(options.get("tags")),
+        metadata=_metadata(options.get("metadata")), deadline_in=deadline_in, deadline=deadline,
+        parent_batch=_batch_id(options.get("parent_batch")), owner=options.get("owner"),
+    )  # fmt: skip
+
+
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options as JSON has them, for a signature that travels. They are checked already."""
+    told = dict(options)
+    for name in ("tolerance", "on_crash"):
+        if isinstance(told.get(name), (Tolerance, CrashPolicy)):
+            told[name] = told[name].as_option()
+    for name in ("deadline", "crash_window"):
+        if isinstance(told.get(name), timedelta):
+            told[name] = told[name].total_seconds()
+    if told.get("parent_batch") is not None:
+        told["parent_batch"] = str(_batch_id(told["parent_batch"]))
+    if told.get("on_progress") is not None:
+        told["on_progress"] = {str(percent): callback for percent, callback in told["on_progress"].items()}
+    return told
+
+
+def _milestones(value: Any) -> list[tuple[int, Any]]:
+    if value is None:
+        return []
+    if not isinstance(value, Mapping) or "task" in value:
+        raise errors.InvalidOption(
+            f"on_progress takes callbacks by percent, such as {{50: half.s()}}, not {value!r:.100}"
+        )
+    found = []
+    for percent, callback in value.items():
+        number = int(percent) if isinstance(percent, str) and percent.isdigit() else percent
+        if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= 100:
+            raise errors.InvalidOption(f"on_progress: {percent!r} is no whole percent between 1 and 100")
+        found += [(number, each) for each in several(callback)]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _deadline(value: Any) -> tuple[float | None, datetime | None]:
+    if value is None:
+        return None, None
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise errors.InvalidOption(f"deadline needs a time zone, which {value!r} has not")
+        return None, value
+    try:
+        length = seconds(value)
+    except ValueError as error:
+        raise errors.InvalidOption(f"deadline: {error}") from None
+    if not 0 < length < math.inf:
+        raise errors.InvalidOption(f"deadline must be more than 0 seconds from now, not {value!r}")
+    return length, None
+
+
+def _text(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not _storable(value):
+        raise errors.InvalidOption(f"{name} must be text, not {value!r:.100}")
+    return value
+
+
+def _tags(value: Any) -> tuple[str, ...]:
+    tags = (value,) if isinstance(value, str) else tuple(value or ())
+    for tag in tags:
+        if not isinstance(tag, str) or not 0 < len(tag) <= 255 or not _storable(tag):
+            raise errors.InvalidOption(f"a tag is text of at most 255 characters, not {tag!r:.100}")
+    return tuple(dict.fromkeys(tags))
+
+
+def _metadata(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, Mapping) or not _storable(json.dumps(dict(value), ensure_ascii=False)):
+            raise TypeError("no mapping")
+        return dict(json.loads(json.dumps(dict(value), allow_nan=False)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise errors.InvalidOption(f"metadata must be a mapping of JSON values: {error}") from None
+
+
+def _batch_id(value: Any) -> uuid.UUID | None:
+    found = getattr(value, "id", value)
+    if found is None or isinstance(found, uuid.UUID):
+        return found
+    try:
+        return uuid.UUID(str(found))
+    except ValueError:
+        raise errors.InvalidOption(f"parent_batch must be a Batch or its whole id, not {value!r:.100}") from None
 
 
 def _crash_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the batch keeps of its own crash policy and of its breaker."""
     kept: dict[str, Any] = {}
     declared = options.get("on_crash")
+    if isinstance(declared, Mapping):  # as `plain` tells it
+        declared = CrashPolicy(**declared)
     if declared is not None or options.get("max_crashes") is not None:
         policy = CrashPolicy.parse("as_acks" if declared is None else declared, options.get("max_crashes"))
         told = policy.as_option()
@@ -98,7 +224,7 @@ def _crash_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _several(value: Any) -> list[Any]:
+def several(value: Any) -> list[Any]:
     if value is None:
         return []
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, Mapping)):

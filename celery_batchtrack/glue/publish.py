@@ -58,7 +58,9 @@ def call_of(message: Message, *, rerouted: bool = True) -> tuple[list[Any], dict
         add_to_parent=False,
     )
     if row.kind == "child":
-        options.update(group_id=str(batch.id), ignore_result=True)
+        options["group_id"] = str(batch.id)
+        if batch.options.get("results") != "backend":
+            options["ignore_result"] = True
     if row.rerouted and rerouted:  # stronger than any route: the default exchange leads to the queue of that name
         options.update(queue=row.queue, exchange="", routing_key=row.queue)
     if row.not_before is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,48 +11,46 @@ from celery.app.task import Task
 from celery.canvas import Signature, _chain, group, maybe_signature
 from celery.canvas import chord as celery_chord
 from kombu import Queue
-from kombu.utils.uuid import uuid as new_task_id
 
 from celery_batchtrack import errors
-from celery_batchtrack.vocabulary.records import NewChild
-from celery_batchtrack.vocabulary.states import Kind
 
 from . import codec, declare
 
 #: Options of a signature that describe one sending, not the task: they live in columns of the row.
 _OWN_COLUMNS = ("task_id", "countdown", "eta", "expires", "group_id", "group_index", "chord", "chain", "reply_to")
+#: Options by which Celery's own chord knows one of its parts.
+CHORD_OPTIONS = ("chord", "group_id", "group_index")
 #: Options that cannot be kept in a row.
-_NOT_KEPT = ("producer", "publisher", "connection", "router", "result_cls", "add_to_parent")
+NOT_KEPT = ("producer", "publisher", "connection", "router", "result_cls", "add_to_parent")
 
 
-def plain_signature(app: Any, value: Any, role: str) -> Signature:
-    """A signature of one task. Raises UnsupportedCanvas for other shapes, and for what is none."""
+def signature_of(app: Any, value: Any, role: str) -> Signature:
+    """What somebody gave as a signature, as one. Raises UnsupportedCanvas for what is none."""
     if isinstance(value, Task):
         raise errors.UnsupportedCanvas(f"{role} must be a signature, not a task: write {value.name}.s(…)")
     if not isinstance(value, Mapping):
         raise errors.UnsupportedCanvas(f"{role} must be a signature such as task.s(…), not {value!r:.100}")
-    made = maybe_signature(value, app=app)
-    if isinstance(made, (_chain, group)):
-        tasks = list(made.tasks)
-        if len(tasks) == 1 and not isinstance(made, group):
-            return plain_signature(app, tasks[0], role)
-        raise _unsupported(role, "a chain" if isinstance(made, _chain) else "a group")
-    if isinstance(made, celery_chord) or made.get("subtask_type"):
-        raise _unsupported(role, f"a {made.get('subtask_type') or 'chord'}")
+    try:
+        made = maybe_signature(value, app=app)
+    except LookupError as error:
+        raise errors.UnsupportedCanvas(f"{role} is no signature that this version of Celery knows: {error}") from None
     if not isinstance(made.get("task"), str) or not made["task"]:
         raise errors.UnsupportedCanvas(f"{role} names no task: {value!r:.100}")
-    _refuse_own_publishing(app, made["task"])
     return made
 
 
-def _unsupported(role: str, shape: str) -> errors.UnsupportedCanvas:
-    return errors.UnsupportedCanvas(
-        f"{role} is {shape}; this version of celery-batchtrack tracks single tasks only "
-        "(use Celery's own chord for this one)"
-    )
+def plain_signature(app: Any, value: Any, role: str) -> Signature:
+    """A signature of one task. Raises UnsupportedCanvas for other shapes, and for what is none."""
+    made = signature_of(app, value, role)
+    if made.get("subtask_type") in ("chunks", "xmap", "xstarmap"):
+        raise errors.UnsupportedCanvas(f"{role} is {made['subtask_type']}: use .group() of it, or a task of your own")
+    if isinstance(made, (_chain, group, celery_chord)):
+        raise errors.UnsupportedCanvas(f"{role} must be a single task, not {made!r:.100}")
+    refuse_own_publishing(app, made["task"])
+    return made
 
 
-def _refuse_own_publishing(app: Any, name: str) -> None:
+def refuse_own_publishing(app: Any, name: str) -> None:
     """Tasks whose sending or running bypasses Celery's usual way would be lost or run untracked."""
     task = app.tasks.get(name)
     if task is None:
@@ -69,18 +67,26 @@ def _refuse_own_publishing(app: Any, name: str) -> None:
         )
 
 
-def stored(signature: Mapping[str, Any]) -> str:
-    """The JSON that a row keeps: arguments, options, immutability; compact."""
+def stored(
+    signature: Mapping[str, Any], chain: Sequence[Mapping[str, Any]] = (), *, part_of_chord: bool = False
+) -> str:
+    """The JSON that a row keeps: arguments, options, immutability; compact. `chain`: the tasks that follow it.
+
+    `part_of_chord`: a chord of Celery's own waits for it, as its options say.
+    """
     options = {
         name: _plain_option(value)
         for name, value in (signature.get("options") or {}).items()
-        if name not in _OWN_COLUMNS and name not in _NOT_KEPT and value is not None
-    }
+        if (name not in _OWN_COLUMNS or (part_of_chord and name in CHORD_OPTIONS))
+        and name not in NOT_KEPT and value is not None
+    }  # fmt: skip
     kept: dict[str, Any] = {"args": list(signature.get("args") or ()), "kwargs": dict(signature.get("kwargs") or {})}
     if options:
         kept["options"] = options
     if signature.get("immutable"):
         kept["immutable"] = True
+    if chain:
+        kept["chain"] = list(chain)
     try:
         return codec.dumps(kept)
     except errors.NotSerialisable as error:
@@ -94,37 +100,7 @@ def _plain_option(value: Any) -> Any:
     return value.name if isinstance(value, Queue) else value
 
 
-def new_child(
-    app: Any, value: Any, overrides: Mapping[str, Any], role: str, batch: Mapping[str, Any] | None = None
-) -> NewChild:
-    """A header child's row. `overrides` are options of all its tasks, as Celery's chord passes them on; `batch` what
-    the batch keeps of its own options."""
-    signature = plain_signature(app, value, role)
-    options = {**(signature.get("options") or {}), **overrides}
-    args, kwargs = tuple(signature.get("args") or ()), dict(signature.get("kwargs") or {})
-    task = app.tasks.get(signature["task"])
-    args, kwargs = _checked(task, args, kwargs)
-    items, count = declare.items_of(task, args, kwargs) if task is not None else ((), 1)
-    _check_policy(task, role, batch or {}, args, kwargs, count)
-    countdown, eta = _moment(options.get("countdown"), options.get("eta"), "eta")
-    expires_in, expires_at = _moment(None, options.get("expires", getattr(task, "expires", None)), "expires")
-    task_id, queue = str(options.get("task_id") or new_task_id()), route(app, signature["task"], args, kwargs, options)
-    _check_lengths(signature["task"], task_id, queue)
-    return NewChild(
-        task=signature["task"],
-        task_id=task_id,
-        signature=stored({**signature, "args": args, "kwargs": kwargs, "options": options}),
-        items=items,
-        item_count=count,
-        queue=queue,
-        countdown=countdown,
-        eta=eta,
-        expires_in=expires_in,
-        expires_at=expires_at,
-    )  # fmt: skip
-
-
-def _check_policy(
+def check_policy(
     task: Any, role: str, batch: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], count: int
 ) -> None:
     """A batch's own crash policy may ask of a task what it did not declare, and any that splits asks for items that
@@ -142,7 +118,7 @@ def _check_policy(
         )
 
 
-def _checked(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def checked(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What Celery's `apply_async` does before sending: check the arguments, dump pydantic models."""
     if task is None:
         return args, kwargs
@@ -152,7 +128,7 @@ def _checked(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return dump(args, kwargs) if dump is not None else (args, kwargs)
 
 
-def _moment(relative: Any, value: Any, name: str) -> tuple[float | None, datetime | None]:
+def moment(relative: Any, value: Any, name: str) -> tuple[float | None, datetime | None]:
     if relative is not None:
         return float(relative), None
     if value is None:
@@ -178,30 +154,7 @@ def route(app: Any, name: str, args: Any, kwargs: Any, options: Mapping[str, Any
     return str(queue.name if isinstance(queue, Queue) else queue) if queue else None
 
 
-def callback_entry(app: Any, value: Any, kind: Kind, errback_of: str | None = None) -> dict[str, Any]:
-    """What a batch keeps of one callback, in its `callbacks` JSON."""
-    signature = plain_signature(app, value, kind.value)
-    options = signature.get("options") or {}
-    countdown, eta = _moment(options.get("countdown"), options.get("eta"), "eta")
-    task = app.tasks.get(signature["task"])
-    expires_in, expires_at = _moment(None, options.get("expires", getattr(task, "expires", None)), "expires")
-    entry = {
-        "task": signature["task"],
-        "task_id": str(options.get("task_id") or new_task_id()),
-        "signature": stored(signature),
-        "queue": route(app, signature["task"], (), {}, options),
-        "countdown": countdown,
-        "eta": eta.isoformat() if eta else None,
-        "expires_in": expires_in,
-        "expires_at": expires_at.isoformat() if expires_at else None,
-        "errback": errback_of,
-        "immutable": bool(signature.get("immutable")) or None,
-    }
-    _check_lengths(entry["task"], entry["task_id"], entry["queue"])
-    return {name: value for name, value in entry.items() if value is not None}
-
-
-def _check_lengths(*names: str | None) -> None:
+def check_lengths(*names: str | None) -> None:
     for name in names:
         if name is not None and len(name) > 255:
             raise errors.InvalidOption(
@@ -214,6 +167,7 @@ def callbacks_json(callbacks: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def parsed(text: str | None) -> dict[str, Any]:
-    """A row's signature: {"args", "kwargs", "options"?, "immutable"?}."""
+    """A row's signature: {"args", "kwargs", "options"?, "immutable"?, "chain"?}, or, of a group or chord,
+    {"canvas", "args", "kwargs", "chain"?}."""
     value = codec.loads(text) if text else {}
     return value if isinstance(value, dict) else {}

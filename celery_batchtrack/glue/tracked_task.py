@@ -43,6 +43,7 @@ from celery_batchtrack.vocabulary.records import Ending, Refused, Release
 from celery_batchtrack.vocabulary.states import Cause, Status
 
 from . import codec, declare, signatures
+from .backend import error_json
 
 #: Seconds until a child of another database's batch is offered again.
 _WRONG_STORE_DELAY = 10
@@ -139,12 +140,50 @@ class TrackedTask:
             return _call_through(super(), self, args, kwargs)
         return _tracked(self, super(), ticket, args, kwargs)
 
-    def replace(self: Any, sig: Any) -> Any:
-        if current_run() is not None and ticket_of(self.request) is not None:
-            raise errors.UnsupportedCanvas(
-                f"{self.name} calls self.replace() inside a batch, which this version cannot track"
-            )
-        return super().replace(sig)  # type: ignore[misc]
+    def on_replace(self: Any, sig: Any) -> Any:
+        """`self.replace()` in a child: the row goes on as what replaces it; nothing is sent here."""
+        if _is_child(self):
+
+            def instead(*args: Any, **kwargs: Any) -> NoReturn:
+                raise Replaced(sig)
+
+            sig.delay = sig.apply = instead  # what `Task.on_replace` ends with; classes between may override it
+        return super().on_replace(sig)  # type: ignore[misc]
+
+    def add_to_chord(self: Any, sig: Any, lazy: bool = False) -> Any:
+        """In a child: one more child of its batch. With `lazy`, only when ``delay()`` of what is returned is called."""
+        if not _is_child(self):
+            return super().add_to_chord(sig, lazy=lazy)  # type: ignore[misc]
+        from .batch import Batch
+
+        run = current_run()
+        assert run is not None
+        batch = Batch._handle(self.app.batchtrack, run.run.ticket.key.batch_id)
+        made = sig.clone()
+
+        def add(*args: Any, **kwargs: Any) -> Any:
+            result = made.freeze()
+            with batch.extend() as more:
+                more.add(made)
+            return result
+
+        if not lazy:
+            return add()
+        made.delay = made.apply_async = add
+        return made
+
+
+class Replaced(Ignore):  # type: ignore[misc]
+    """The task goes on as another signature."""
+
+    def __init__(self, signature: Any) -> None:
+        super().__init__("replaced by new task")
+        self.signature = signature
+
+
+def _is_child(task: Any) -> bool:
+    run = current_run()
+    return run is not None and run.task is task and ticket_of(task.request) is not None
 
 
 def track(task: Any, request_mixin: type) -> None:
@@ -189,6 +228,10 @@ def _tracked(task: Any, parent: Any, ticket: Ticket, args: Any, kwargs: Any) -> 
     try:
         try:
             result = _call_through(parent, task, *_bound(task, ticket, args, kwargs))
+            if ticket.more:
+                codec.dumps(result)  # it must be JSON to be an argument of the next
+                if runner.advance(run, result):
+                    return result
             text = codec.dumps(result) if ticket.keep_result and options.results != "none" else None
         except BaseException as error:  # noqa: BLE001 (every end of a run is reported, SystemExit too)
             _ended_badly(task, runner, run, error)
@@ -249,27 +292,41 @@ def _ended_badly(task: Any, runner: Runner, run: Run, error: BaseException) -> N
     if _is_shutdown(error):
         run.page.leave()
         raise error  # not the user's: the main process knows why, and judges
+    if isinstance(error, Replaced):
+        error = _replaced(task, runner, run, error)
+        if isinstance(error, Ignore):
+            raise error
     if isinstance(error, Retry):
-        runner.release(run, _retry(task, error))
+        runner.release(run, _retry(task, runner, run, error))
         raise error
     if isinstance(error, Reject):
         _rejected(task, runner, run, error)
         raise error
     if isinstance(error, Ignore):
-        runner.settle(run, _unhappy(runner, run, Status.CANCELLED, Cause.IGNORED, error))
+        runner.settle(run, _unhappy(task, runner, run, Status.CANCELLED, Cause.IGNORED, error))
         raise error
     cause = Cause.EXCEPTION
     if isinstance(error, SoftTimeLimitExceeded):
         cause = Cause.SOFT_TIME_LIMIT
     elif isinstance(error, errors.NotSerialisable):
         cause = Cause.UNSERIALISABLE
-    runner.settle(run, _unhappy(runner, run, Status.FAILED, cause, error))
+    runner.settle(run, _unhappy(task, runner, run, Status.FAILED, cause, error))
     if task.request.is_eager and isinstance(error, (KeyboardInterrupt, SystemExit)):
         raise error  # this is the caller's own process
     tamed = _tame(error)
     if tamed is error:
         raise error
     raise tamed from error
+
+
+def _replaced(task: Any, runner: Runner, run: Run, error: Replaced) -> BaseException:
+    """The row goes on as what replaces it; or fails, with what is wrong with that."""
+    canvas = runner.tracker.canvas
+    try:
+        runner.replace(run, lambda row, batch: canvas.replacement(row, batch, error.signature))  # type: ignore[attr-defined]
+    except (errors.BatchTrackError, TypeError, ValueError, LookupError) as wrong:
+        return wrong
+    return error
 
 
 def _is_shutdown(error: BaseException) -> bool:
@@ -287,7 +344,7 @@ def _in_pool_process() -> bool:
     return bool(getattr(current_process(), "daemon", False)) or current_process()._parent_pid is not None
 
 
-def _retry(task: Any, error: Retry) -> Release:
+def _retry(task: Any, runner: Runner, run: Run, error: Retry) -> Release:
     request, when = task.request, error.when
     seconds = float(when) if isinstance(when, (int, float)) else None
     changed, names = None, None
@@ -297,13 +354,19 @@ def _retry(task: Any, error: Retry) -> Release:
     ):
         with contextlib.suppress(errors.NotSerialisable):
             # Immutable: its arguments are whole, what a callback was given first included.
-            changed = signatures.stored({**error.sig, "immutable": True})
+            changed = signatures.stored({**error.sig, "immutable": True}, _rest_of(runner, run))
             names = _names(task, error.sig)
     evidence = Evidence(Cause.RETRY, message=str(error.exc or error.message or "retry"))
     return Release(
         countdown=seconds, eta=when if seconds is None else None, retries=request.retries + 1,
         signature=changed, items=names, sent=True, evidence=evidence if error.exc is not None else None,
     )  # fmt: skip
+
+
+def _rest_of(runner: Runner, run: Run) -> list[Any]:
+    """The links that follow in a chain."""
+    row = runner.tracker.store.child(run.ticket.key) if run.ticket.more else None
+    return [] if row is None else list(signatures.parsed(row.signature).get("chain") or ())
 
 
 def _names(task: Any, signature: Any) -> tuple[str, ...] | None:
@@ -323,15 +386,17 @@ def _rejected(task: Any, runner: Runner, run: Run, error: Reject) -> None:
         # self.retry() that could not reach the broker: the row goes back, and a sweep sends it.
         runner.release(run, Release(countdown=float(task.default_retry_delay or 0), retries=task.request.retries + 1))
     else:
-        runner.settle(run, _unhappy(runner, run, Status.FAILED, Cause.REJECTED, error))
+        runner.settle(run, _unhappy(task, runner, run, Status.FAILED, Cause.REJECTED, error))
 
 
-def _unhappy(runner: Runner, run: Run, status: Status, cause: Cause, error: BaseException) -> Ending:
+def _unhappy(
+    task: Any, runner: Runner, run: Run, status: Status, cause: Cause, error: BaseException
+) -> Ending:
     told: dict[str, Any] = {}
     if cause is not Cause.IGNORED:
         text = "".join(traceback.format_exception(error))
         told = {
-            "traceback": text, "exception": type(error).__name__,
+            "traceback": text, "exception": type(error).__name__, "error": error_json(task.app, error),
             "python_frame": application_frame(frames(text)[::-1]), "peak_memory": memory.own_peak(),
         }  # fmt: skip
     evidence = runner.worker.evidence(cause, run.slot, None, message=_message(error), **told)

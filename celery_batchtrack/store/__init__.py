@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from .batches import BatchWrites
 from .breaker import Pausing
 from .children import ChildWrites, SlotTaken
 from .dispatching import Dispatching
+from .nesting import Nesting
 from .pruning import Pruning
 from .quarantine import Quarantining
 from .queries import Queries
+from .rounds import Rounds
 from .splitting import Splitting
 from .verify import Verifying
 from .workers import WorkerWrites
 
 
 class Store(
-    BatchWrites, ChildWrites, Splitting, Quarantining, Pausing, WorkerWrites, Dispatching, Queries, Pruning, Verifying
+    Rounds, Nesting, ChildWrites, Splitting, Quarantining, Pausing, WorkerWrites, Dispatching, Queries, Pruning,
+    Verifying,
 ):  # fmt: skip
     """Everything the tracking database is asked, by topic."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -29,15 +30,17 @@ from .callbacks import DueCallbacks
 from .clock import moment, now
 from .engine import Connected
 from .rows import BATCH_COLUMNS, batch_row
-from .schema import batch, child, tally, worker
+from .schema import DUE, batch, child, tally, worker
 from .transitions import MOVED, change, change_batch, lock_in_order, move
 
 _DUE_KINDS = {
-    BatchStatus.COMPLETED: (Kind.ON_SUCCESS, Kind.ON_FINISH),
-    BatchStatus.PARTIAL: (Kind.ON_SUCCESS, Kind.ON_FINISH),
-    BatchStatus.FAILED: (Kind.ON_FAILURE, Kind.ON_FINISH),
+    BatchStatus.COMPLETED: (Kind.ON_PROGRESS, Kind.ON_SUCCESS, Kind.ON_FINISH),
+    BatchStatus.PARTIAL: (Kind.ON_PROGRESS, Kind.ON_SUCCESS, Kind.ON_FINISH),
+    BatchStatus.FAILED: (Kind.ON_PROGRESS, Kind.ON_FAILURE, Kind.ON_FINISH),
     BatchStatus.CANCELLED: (Kind.ON_FINISH,),
 }
+#: Columns that `create` makes of other fields than their own.
+_MADE = ("deadline_in", "deadline", "owner")
 
 
 class BatchWrites(Connected):
@@ -46,19 +49,27 @@ class BatchWrites(Connected):
     def create(self, new: NewBatch, children: Sequence[NewChild] = (), *, seal: bool = False) -> None:
         """Insert a batch, its tally shards and its first children; sealed at once if asked to be."""
         with self.write() as connection:
-            values = {name: getattr(new, name) for name in NewBatch.__slots__}
-            connection.execute(
-                sa.insert(batch).values(
-                    **values, status=BatchStatus.OPEN.value, created_at=now(), next_position=0,
-                    watch_failure=f'"{Kind.ON_FIRST_FAILURE.value}"' in new.callbacks,
-                    watch_crashes=new.options.get("crash_rate") is not None,
-                )
-            )  # fmt: skip
-            connection.execute(sa.insert(tally), [{"batch_id": new.id, "shard": shard} for shard in range(new.shards)])
-            if children:
-                self._insert(connection, new.id, new.shards, 0, children)
-            if seal:
-                self._seal(connection, new.id)
+            self.create_in(connection, new, children, seal=seal)
+
+    def create_in(
+        self, connection: sa.Connection, new: NewBatch, children: Sequence[NewChild] = (), *, seal: bool = False
+    ) -> None:
+        """As `create`, within a transaction that has begun."""
+        values = {name: getattr(new, name) for name in NewBatch.__slots__ if name not in _MADE}
+        connection.execute(
+            sa.insert(batch).values(
+                **values, status=BatchStatus.OPEN.value, created_at=now(), next_position=0,
+                deadline_at=moment(new.deadline_in, new.deadline),
+                watch_failure=f'"{Kind.ON_FIRST_FAILURE.value}"' in new.callbacks,
+                watch_progress=f'"{Kind.ON_PROGRESS.value}"' in new.callbacks,
+                watch_crashes=new.options.get("crash_rate") is not None,
+            )
+        )  # fmt: skip
+        connection.execute(sa.insert(tally), [{"batch_id": new.id, "shard": shard} for shard in range(new.shards)])
+        if children:
+            self._insert(connection, new.id, new.shards, 0, children)
+        if seal:
+            self._seal(connection, new.id)
 
     def add(self, batch_id: uuid.UUID, children: Sequence[NewChild]) -> int | None:
         """Add children to an open batch; returns the first's position, None if it is open no more."""
@@ -76,12 +87,13 @@ class BatchWrites(Connected):
     def _insert(
         self, connection: sa.Connection, batch_id: uuid.UUID, shards: int, first: int, children: Sequence[NewChild]
     ) -> None:
-        sums: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        sums: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
         for position, each in enumerate(children, first):
             shard = position % shards
             sums[shard][0] += 1
             sums[shard][1] += each.item_count
+            sums[shard][2] += each.item_count if each.weight is None else each.weight
             timing = (each.countdown, each.eta, each.expires_in, each.expires_at)
             groups[timing].append(_child_values(batch_id, position, shard, each))
         for (countdown, eta, expires_in, expires_at), rows in groups.items():
@@ -89,12 +101,15 @@ class BatchWrites(Connected):
                 created_at=now(), not_before=moment(countdown, eta), expires_at=moment(expires_in, expires_at)
             )
             connection.execute(statement, rows)
-        for shard, (count, items) in sorted(sums.items()):
+        for shard, (count, items, weight) in sorted(sums.items()):
             connection.execute(
                 sa.update(tally)
                 .where(tally.c.batch_id == batch_id, tally.c.shard == shard)
-                .values(total=tally.c.total + count, items_total=tally.c.items_total + items)
-            )
+                .values(
+                    total=tally.c.total + count, items_total=tally.c.items_total + items,
+                    weight_total=tally.c.weight_total + weight,
+                )
+            )  # fmt: skip
         connection.execute(sa.update(batch).where(batch.c.id == batch_id).values(next_position=first + len(children)))
 
     def seal(self, batch_id: uuid.UUID) -> bool:
@@ -122,8 +137,8 @@ class BatchWrites(Connected):
             row = self._locked(connection, batch_id, BatchStatus.RUNNING)
             if row is None or self._has_open(connection, batch_id):
                 return None
-            completed, total, failed = self._counts(connection, batch_id)
-            status = outcome(Tolerance.parse(row.options.get("tolerance", 0)), completed, total)
+            completed, total, failed, items = self._counts(connection, batch_id)
+            status = outcome(Tolerance.parse(row.options.get("tolerance", 0)), completed, total, items)
             kinds = _DUE_KINDS[status]
             if failed:
                 kinds = self._with_first_failure(connection, row, kinds)
@@ -148,15 +163,17 @@ class BatchWrites(Connected):
             )
         ).scalar_one()  # type: ignore[no-any-return, unused-ignore]
 
-    def _counts(self, connection: sa.Connection, batch_id: uuid.UUID) -> tuple[int, int, int]:
-        """(completed, total, failed or crashed), in header positions: the parts of a split one count once."""
+    def _counts(self, connection: sa.Connection, batch_id: uuid.UUID) -> tuple[int, int, int, int]:
+        """(completed, total, failed or crashed), in header positions: the parts of a split one count once; and how
+        many items are not completed."""
         row = connection.execute(
             sa.select(
                 sa.func.sum(tally.c.completed), sa.func.sum(tally.c.total),
                 sa.func.sum(tally.c.failed + tally.c.crashed),
+                sa.func.sum(tally.c.items_total - tally.c.items_completed),
             ).where(tally.c.batch_id == batch_id)
         ).one()  # fmt: skip
-        completed, total, failed = (int(each or 0) for each in row)
+        completed, total, failed, items = (int(each or 0) for each in row)
         bad = child.c.status.in_([Status.FAILED.value, Status.CRASHED.value, Status.CANCELLED.value])
         parts = connection.execute(
             sa.select(
@@ -168,7 +185,7 @@ class BatchWrites(Connected):
         ).one()  # fmt: skip
         positions = total - parts[0] + parts[1]
         incomplete = total - completed - parts[2] + parts[3]
-        return positions - incomplete, positions, failed
+        return positions - incomplete, positions, failed, items
 
     def _with_first_failure(
         self, connection: sa.Connection, row: BatchRow, kinds: tuple[Kind, ...]
@@ -186,10 +203,14 @@ class BatchWrites(Connected):
         self, connection: sa.Connection, transition: Any, row: BatchRow, status: BatchStatus,
         kinds: tuple[Kind, ...], reason: EndReason | None = None,
     ) -> Finished:  # fmt: skip
-        connection.execute(change_batch(transition, status, batch.c.id == row.id, reason=reason, opened_by=None))
+        # Where the body will never run, whoever waits for it in Celery's result backend is to be told.
+        untold = bool(row.options.get("tell")) and status in (BatchStatus.FAILED, BatchStatus.CANCELLED)
+        connection.execute(
+            change_batch(transition, status, batch.c.id == row.id, reason=reason, opened_by=None, untold=untold)
+        )
         due = DueCallbacks(row.id, row.round, row.callbacks, row.next_position)
         inserted = callbacks.insert(connection, due, kinds)
-        return Finished(row.id, row.name, status, reason, inserted)
+        return Finished(row.id, row.name, status, reason, inserted, parent_batch=row.parent_batch, untold=untold)
 
     def cancel(
         self, batch_id: uuid.UUID, reason: EndReason = EndReason.USER, *, terminate: bool = True
@@ -211,7 +232,7 @@ class BatchWrites(Connected):
                 connection, CANCEL_BATCH, row, BatchStatus.CANCELLED, _DUE_KINDS[BatchStatus.CANCELLED], reason
             )
             runs = self._cancel_children(connection, batch_id)
-            return Finished(ended.batch_id, ended.name, ended.status, ended.reason, ended.callbacks, tuple(runs))
+            return replace(ended, cancelled_runs=tuple(runs))
 
     def _cancel_children(self, connection: sa.Connection, batch_id: uuid.UUID) -> list[CancelledRun]:
         """One UPDATE over pending and running: two would lose the child whose claim is in flight.
@@ -241,6 +262,42 @@ class BatchWrites(Connected):
         with self.read() as connection:
             return list(connection.execute(query).scalars())
 
+    def overdue_batches(self) -> list[uuid.UUID]:
+        """Batches whose deadline has passed."""
+        query = sa.select(batch.c.id).where(sa.text(f"({DUE})"), batch.c.deadline_at <= now())
+        with self.read() as connection:
+            return list(connection.execute(query).scalars())
+
+    def untold(self) -> list[uuid.UUID]:
+        """Batches whose end is still to be told to Celery's result backend."""
+        with self.read() as connection:
+            return list(connection.execute(sa.select(batch.c.id).where(batch.c.untold)).scalars())
+
+    def told(self, batch_id: uuid.UUID) -> None:
+        with self.single() as connection:
+            connection.execute(sa.update(batch).where(batch.c.id == batch_id).values(untold=False))
+
+    # -- milestones ------------------------------------------------------------------------------
+
+    def watched_for_progress(self) -> list[uuid.UUID]:
+        """Running batches with `on_progress` callbacks."""
+        query = sa.select(batch.c.id).where(batch.c.status == BatchStatus.RUNNING.value, batch.c.watch_progress)
+        with self.read() as connection:
+            return list(connection.execute(query).scalars())
+
+    def reach_milestones(self, batch_id: uuid.UUID) -> int:
+        """Insert the `on_progress` callbacks that are due, each once. Returns how many."""
+        with self.read() as connection:
+            if not callbacks.milestones_due(connection, batch_id):
+                return 0
+        with self.write() as connection:
+            row = self._locked(connection, batch_id, BatchStatus.RUNNING)
+            if row is None:
+                return 0
+            reached = callbacks.milestones_due(connection, batch_id)  # again, under the lock
+            due = DueCallbacks(row.id, row.round, row.callbacks, row.next_position)
+            return callbacks.insert(connection, due, (Kind.ON_PROGRESS,), only=reached) if reached else 0
+
     def unfinished(self) -> list[uuid.UUID]:
         """Sealed batches that run although nothing of them is open: their finish check was lost."""
         open_child = sa.exists().where(
@@ -269,5 +326,7 @@ def _child_values(batch_id: uuid.UUID, position: int, shard: int, new: NewChild)
         "signature": new.signature,
         "items": list(new.items) or None,
         "item_count": new.item_count,
+        "weight": new.item_count if new.weight is None else new.weight,
+        "result_id": new.result_id,
         "queue": new.queue,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Container
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 from celery_batchtrack.vocabulary.states import Kind, Status
 
 from .clock import moment, now
-from .schema import batch, child
+from .schema import batch, child, tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,11 @@ _COLUMNS = (batch.c.id, batch.c.round, batch.c.callbacks, batch.c.next_position)
 
 #: In the words of the callbacks' partial index: with a parameter, SQLite would read the whole batch.
 _IS_CALLBACK = child.c.kind != sa.literal_column(f"'{Kind.CHILD.value}'")
+
+
+def is_callback(rows: Any) -> sa.ColumnElement[bool]:
+    """The same for an alias of the table."""
+    return rows.c.kind != sa.literal_column(f"'{Kind.CHILD.value}'")  # type: ignore[no-any-return]
 
 
 def _no_row_yet(kind: Kind) -> sa.ColumnElement[bool]:
@@ -67,13 +73,21 @@ def insert_first_failure(connection: sa.Connection, due: DueCallbacks | None, ki
     return insert(connection, due, (Kind.ON_FIRST_FAILURE,)) > 0
 
 
-def insert(connection: sa.Connection, due: DueCallbacks, kinds: tuple[Kind, ...]) -> int:
-    """Insert the rows of these kinds, positions from the batch's `next_position`. Returns how many."""
+def insert(
+    connection: sa.Connection, due: DueCallbacks, kinds: tuple[Kind, ...], *, only: Container[int] | None = None
+) -> int:
+    """Insert the rows of these kinds, positions from the batch's `next_position`. Returns how many.
+
+    Milestones that were reached before are there already; `only` names those that are reached now.
+    """
     declared: dict[str, list[dict[str, Any]]] = json.loads(due.callbacks)
+    there = _there(connection, due) if Kind.ON_PROGRESS in kinds and Kind.ON_PROGRESS.value in declared else ()
+    used = _used(connection, due) if due.round > 1 else ()
     rows = [
-        _row(due, kind, ordinal, callback)
+        _row(due, kind, ordinal, callback, used)
         for kind in kinds
         for ordinal, callback in enumerate(declared.get(kind.value, ()))
+        if kind is not Kind.ON_PROGRESS or (ordinal not in there and (only is None or ordinal in only))
     ]
     if not rows:
         return 0
@@ -87,7 +101,42 @@ def insert(connection: sa.Connection, due: DueCallbacks, kinds: tuple[Kind, ...]
     return len(rows)
 
 
-def _row(due: DueCallbacks, kind: Kind, ordinal: int, callback: dict[str, Any]) -> dict[str, Any]:
+def _there(connection: sa.Connection, due: DueCallbacks) -> set[int]:
+    """Ordinals of the milestones of this round that have a row."""
+    query = sa.select(child.c.ordinal).where(
+        child.c.batch_id == due.batch_id, child.c.round == due.round, child.c.kind == Kind.ON_PROGRESS.value,
+        _IS_CALLBACK,
+    )  # fmt: skip
+    return set(connection.execute(query).scalars())
+
+
+def _used(connection: sa.Connection, due: DueCallbacks) -> set[str]:
+    """Task ids of callbacks of earlier rounds: workers remember revoked ids, so none is used twice."""
+    query = sa.select(child.c.task_id).where(child.c.batch_id == due.batch_id, _IS_CALLBACK)
+    return set(connection.execute(query).scalars())
+
+
+def milestones_due(connection: sa.Connection, batch_id: uuid.UUID) -> set[int]:
+    """Ordinals of the `on_progress` callbacks that are reached and have no row yet."""
+    found = connection.execute(
+        sa.select(*_COLUMNS).where(batch.c.id == batch_id, batch.c.watch_progress)
+    ).one_or_none()
+    if found is None:
+        return set()
+    due = DueCallbacks(*found)
+    done, total = connection.execute(
+        sa.select(sa.func.sum(tally.c.weight_done), sa.func.sum(tally.c.weight_total))
+        .where(tally.c.batch_id == batch_id)
+    ).one()  # fmt: skip
+    declared = json.loads(due.callbacks).get(Kind.ON_PROGRESS.value, ())
+    reached = {ordinal for ordinal, each in enumerate(declared) if total and 100 * done >= each["percent"] * total}
+    return reached - _there(connection, due)
+
+
+def _row(
+    due: DueCallbacks, kind: Kind, ordinal: int, callback: dict[str, Any], used: Container[str]
+) -> dict[str, Any]:
+    task_id = callback["task_id"]
     return {
         "batch_id": due.batch_id,
         "kind": kind.value,
@@ -95,11 +144,13 @@ def _row(due: DueCallbacks, kind: Kind, ordinal: int, callback: dict[str, Any]) 
         "round": due.round,
         "shard": 0,
         "task": callback["task"],
-        "task_id": callback["task_id"],
+        "task_id": str(uuid.uuid4()) if task_id in used else task_id,
+        "result_id": callback.get("result_id") or task_id,
         "status": Status.PENDING.value,
         "signature": callback["signature"],
         "queue": callback.get("queue"),
         "item_count": 0,
+        "weight": 0,
         "not_before": moment(callback.get("countdown"), _parsed(callback.get("eta"))),
         "expires_at": moment(callback.get("expires_in"), _parsed(callback.get("expires_at"))),
     }

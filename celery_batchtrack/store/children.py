@@ -122,7 +122,7 @@ class ChildWrites(Connected):
         }  # fmt: skip
         with self.single() as connection:
             row = connection.execute(hot.complete(ending.keep_signature), values).one_or_none()
-        return None if row is None else Settled(True, look=row.open == 0)
+        return None if row is None else Settled(True, look=row.open == 0, body=row.kind == Kind.ON_SUCCESS)
 
     def _settle_in_steps(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled | None:
         with self.write() as connection:
@@ -135,7 +135,7 @@ class ChildWrites(Connected):
                 told = Attempt.told(key, rows[0], token)
                 record(connection, told, ending.status, ending.evidence)
             called = callbacks.insert_first_failure(connection, first, rows[0].kind)
-            return Settled(True, look=look, callbacks=called)
+            return Settled(True, look=look, callbacks=called, body=rows[0].kind == Kind.ON_SUCCESS)
 
     def _settle_late(self, key: ChildKey, token: uuid.UUID, ending: Ending) -> Settled:
         """The guard lost: an earlier answer was lost, a mere suspicion is overturned, or it is too late."""
@@ -144,7 +144,8 @@ class ChildWrites(Connected):
             if row is None:
                 return Settled(False)  # the application deleted the batch: nothing is left to write to
             if row.run_token == token and row.status == ending.status:
-                return Settled(True, look=True, callbacks=True)  # what the lost answer may have said
+                body = row.kind == Kind.ON_SUCCESS
+                return Settled(True, look=True, callbacks=True, body=body)  # what the lost answer may have said
             if self._may_overturn(connection, row, token, ending):
                 return self._overturn(connection, row, token, ending)
             evidence = ending.evidence or Evidence(ending.cause or Cause.LATE_WRITE)
@@ -185,7 +186,7 @@ class ChildWrites(Connected):
         )  # fmt: skip
         if ending.evidence is not None:
             record(connection, Attempt.of(row), ending.status, ending.evidence)
-        return Settled(True, look=True, overturned=True)
+        return Settled(True, look=True, overturned=True, body=row.kind == Kind.ON_SUCCESS)
 
     def release(self, key: ChildKey, token: uuid.UUID, how: Release) -> bool:
         """``running → pending``: the run gives its row back for another attempt."""
@@ -264,7 +265,8 @@ class ChildWrites(Connected):
                 return Settled(True, paused=paused, quarantined=quarantined)
             look = move(connection, row.batch_id, found, None, transition.target)
             called = callbacks.insert_first_failure(connection, first, found[0].kind)
-            return Settled(True, look=look, callbacks=called, paused=paused, quarantined=quarantined)
+            body = found[0].kind == Kind.ON_SUCCESS
+            return Settled(True, look=look, callbacks=called, paused=paused, quarantined=quarantined, body=body)
 
     def others_lost_with(self, row: ChildRow) -> int:
         """How many runs went down with this row's worker beside its own: those still to be judged, and those that
@@ -303,7 +305,7 @@ class ChildWrites(Connected):
             told = Attempt.told(key, rows[0], None)
             record(connection, told, transition.target, evidence)
             called = callbacks.insert_first_failure(connection, first, rows[0].kind)
-            return Settled(True, look=look, callbacks=called)
+            return Settled(True, look=look, callbacks=called, body=rows[0].kind == Kind.ON_SUCCESS)
 
     def settle_terminated(self, row: ChildRow, evidence: Evidence) -> Settled:
         """A running child whose task was revoked with `terminate`."""

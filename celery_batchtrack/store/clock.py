@@ -78,6 +78,24 @@ def _later_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     return f"strftime({_SQLITE_FORMAT}, 'now', CAST({seconds} AS TEXT) || ' seconds')"
 
 
+class fresh_id(FunctionElement[str]):
+    """A random UUID's 36 characters, another one for each row."""
+
+    type = sa.String(36)
+    inherit_cache = True
+
+
+@compiles(fresh_id, "postgresql")
+def _fresh_id_pg(element: Any, compiler: Any, **kw: Any) -> str:
+    return "CAST(gen_random_uuid() AS text)"
+
+
+@compiles(fresh_id, "sqlite")
+def _fresh_id_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    parts = (f"lower(hex(randomblob({count})))" for count in (4, 2, 2, 2, 6))
+    return "(" + " || '-' || ".join(parts) + ")"
+
+
 def _age_ends(element: Any, compiler: Any, **kw: Any) -> tuple[str, str]:
     clauses = list(element.clauses)
     until = clauses[1] if len(clauses) > 1 else now()

@@ -40,7 +40,9 @@ class Dispatching(Connected):
 
     def undispatched(self) -> list[uuid.UUID]:
         """Batches with rows that were never published for their attempt and may be now."""
-        never = sa.and_(child.c.status == Status.PENDING.value, child.c.dispatched_at.is_(None))
+        never = sa.and_(
+            child.c.status == Status.PENDING.value, child.c.dispatched_at.is_(None), child.c.waits_on_batch.is_(None)
+        )
         waiting = sa.exists().where(child.c.kind == Kind.CHILD.value, child.c.batch_id == batch.c.id, never)
         alive = sa.select(batch.c.id).where(
             sa.or_(
@@ -69,8 +71,9 @@ class Dispatching(Connected):
         for those that go where their task is routed."""
         task = sa.case((child.c.queue.is_(None), child.c.task), else_="").label("task")
         query = sa.select(child.c.queue, task).where(
-            child.c.status == Status.PENDING.value, child.c.dispatched_at <= later(-after)
-        )
+            child.c.status == Status.PENDING.value, child.c.dispatched_at <= later(-after),
+            child.c.waits_on_batch.is_(None),
+        )  # fmt: skip
         with self.read() as connection:
             return [(row[0], row[1]) for row in connection.execute(query.distinct())]
 

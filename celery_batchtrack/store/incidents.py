@@ -50,7 +50,8 @@ def record(
             id=uuid7(), batch_id=attempt.key.batch_id, position=attempt.key.position, attempt=attempt.number,
             run_token=attempt.token, outcome=str(outcome), cause=evidence.cause.value, phase=evidence.phase,
             signal=evidence.signal, exit_code=evidence.exit_code, message=_text(evidence.message),
-            exception=short(evidence.exception), traceback=_text(evidence.traceback), stack=_text(evidence.stack),
+            exception=short(evidence.exception), error=_whole(evidence.error), traceback=_text(evidence.traceback),
+            stack=_text(evidence.stack),
             python_frame=short(evidence.python_frame), fingerprint=fingerprint(attempt.task, evidence),
             item=short(evidence.item), item_index=evidence.item_index, items_done=evidence.items_done,
             note=_text(evidence.note), peak_memory=evidence.peak_memory, hostname=evidence.hostname,
@@ -66,6 +67,11 @@ def short(value: str | None) -> str | None:
     """What fits a column of 255 characters, and a database takes as text."""
     text = _text(value)
     return None if text is None else text[:255]
+
+
+def _whole(value: str | None) -> str | None:
+    """JSON: all of it, or nothing."""
+    return value if value is not None and _text(value) == value else None
 
 
 def _text(value: str | None, limit: int = 20_000) -> str | None:

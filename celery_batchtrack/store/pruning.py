@@ -14,7 +14,7 @@ _CHUNK = 100
 
 
 class Pruning(Connected):
-    """Deletes what is over. Children, tallies and incidents go with their batch (ON DELETE CASCADE)."""
+    """Deletes what is over. Children, tallies, incidents and nested batches go with their batch (ON DELETE CASCADE)."""
 
     def prune(self, *, completed: float, other: float) -> int:
         """Delete batches that ended more than so many seconds ago; returns how many."""
@@ -30,7 +30,7 @@ class Pruning(Connected):
         )
         old = (
             sa.select(batch.c.id)
-            .where(which, batch.c.finished_at < later(-seconds), ~open_callback)
+            .where(which, batch.c.finished_at < later(-seconds), batch.c.parent_batch.is_(None), ~open_callback)
             .order_by(batch.c.finished_at)
             .limit(_CHUNK)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary.aftermath import CrashGroup, HeaderResult
 from celery_batchtrack.vocabulary.evidence import IncidentRow
-from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Progress
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, FirstFailure, Progress
 from celery_batchtrack.vocabulary.states import Kind, Status
 
 from .clock import age, later, now
@@ -27,6 +27,8 @@ _OF_PROGRESS = (
     "id", "name", "status", "round", "created_at", "started_at", "finished_at", "paused_at", "pause_reason",
 )  # fmt: skip
 _PAGE = 1000
+#: Outcomes of incidents that ended their child.
+_ENDS = tuple(each.value for each in (Status.FAILED, Status.CRASHED, Status.CANCELLED))
 
 
 class Queries(Connected):
@@ -83,16 +85,24 @@ class Queries(Connected):
             )
             .scalar_subquery()
         )  # fmt: skip
+        tree = _tree(ids)
+        own = tally.c.batch_id == tree.c.root
         sums = (
-            sa.select(tally.c.batch_id, *(sa.func.sum(tally.c[name]).label(name) for name in _COUNTS))
-            .where(tally.c.batch_id.in_(ids))
-            .group_by(tally.c.batch_id)
+            sa.select(
+                tree.c.root.label("batch_id"),
+                *(sa.func.sum(sa.case((own, tally.c[name]), else_=0)).label(name) for name in _COUNTS),
+                sa.func.sum(tally.c.weight_total).label("weight_total"),
+                sa.func.sum(tally.c.weight_done).label("weight_done"),
+                (sa.func.count(tree.c.id.distinct()) - 1).label("nested"),
+            )
+            .join(tally, tally.c.batch_id == tree.c.id)
+            .group_by(tree.c.root)
             .subquery()
-        )
+        )  # fmt: skip
         until = sa.func.coalesce(batch.c.finished_at, now())
         query = sa.select(
             *(batch.c[name] for name in _OF_PROGRESS),
-            *(sums.c[name] for name in _COUNTS),
+            *(sums.c[name] for name in (*_COUNTS, "weight_total", "weight_done", "nested")),
             running.label("running"),
             age(batch.c.started_at, until).label("seconds"),
         ).join(sums, sums.c.batch_id == batch.c.id)
@@ -101,16 +111,70 @@ class Queries(Connected):
         return [_progress(rows[each]) for each in ids if each in rows]
 
     def list_batches(
-        self, *, statuses: Sequence[str] = (), name: str | None = None, limit: int = 50
-    ) -> list[uuid.UUID]:
-        """Ids of batches, newest first."""
+        self, *, statuses: Sequence[str] = (), name: str | None = None, tags: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None, parent: uuid.UUID | None = None, limit: int | None = 50,
+    ) -> list[uuid.UUID]:  # fmt: skip
+        """Ids of batches, newest first; of those that have all these tags, and these values in their metadata."""
         query = sa.select(batch.c.id).order_by(batch.c.created_at.desc(), batch.c.id.desc()).limit(limit)
         if statuses:
             query = query.where(batch.c.status.in_(list(statuses)))
         if name is not None:
             query = query.where(batch.c.name == name)
+        if parent is not None:
+            query = query.where(batch.c.parent_batch.is_not(None), batch.c.parent_batch == parent)
+        for tag in tags:
+            query = query.where(self._has_tag(tag))
+        for key, value in (metadata or {}).items():
+            query = query.where(self._has_value(key, value))
         with self.read() as connection:
             return list(connection.execute(query).scalars())
+
+    def _has_tag(self, tag: str) -> sa.ColumnElement[bool]:
+        if self.sqlite:
+            each = sa.func.json_each(batch.c.tags).table_valued("value")
+            return sa.exists(sa.select(each.c.value).where(each.c.value == tag))
+        return batch.c.tags.contains([tag])
+
+    def _has_value(self, key: str, value: Any) -> sa.ColumnElement[bool]:
+        if self.sqlite:
+            each = sa.func.json_each(batch.c["metadata"]).table_valued("key", "value")
+            told = sa.func.json_quote(each.c.value) == sa.func.json_quote(value)
+            return sa.exists(sa.select(each.c.key).where(each.c.key == key, told))
+        return batch.c["metadata"].contains({key: value})
+
+    def by_result_id(self, result_id: str) -> ChildRow | None:
+        """The callback or chain whose outcome is asked for by this id: that of its newest round."""
+        query = (
+            sa.select(*CHILD_COLUMNS)
+            .where(child.c.result_id.is_not(None), child.c.result_id == result_id)
+            .order_by(child.c.round.desc(), child.c.created_at.desc())
+            .limit(1)
+        )
+        with self.read() as connection:
+            found = connection.execute(query).one_or_none()
+        return None if found is None else child_row(found)
+
+    def batch_by_result_id(self, result_id: str) -> BatchRow | None:
+        """The batch whose body's outcome is asked for by this id."""
+        query = sa.select(*BATCH_COLUMNS).where(batch.c.result_id.is_not(None), batch.c.result_id == result_id)
+        with self.read() as connection:
+            found = connection.execute(query.order_by(batch.c.created_at.desc()).limit(1)).one_or_none()
+        return None if found is None else batch_row(found)
+
+    def failure(self, row: ChildRow) -> FirstFailure:
+        """Why a child did not complete: the last incident of its end."""
+        query = (
+            sa.select(incident.c.message, incident.c.exception, incident.c.error)
+            .where(
+                incident.c.batch_id == row.batch_id, incident.c.position == row.position,
+                incident.c.outcome.in_(_ENDS),
+            )
+            .order_by(incident.c.detected_at.desc(), incident.c.id.desc())
+            .limit(1)
+        )  # fmt: skip
+        with self.read() as connection:
+            told = connection.execute(query).one_or_none() or (None, None, None)
+        return FirstFailure(row.position, row.result_id or row.task_id, row.status, row.cause, *told)
 
     def children(
         self, batch_id: uuid.UUID, *, statuses: Sequence[str] = (), callbacks: bool = False
@@ -192,10 +256,13 @@ class Queries(Connected):
             rows = [_incident_row(row) for row in connection.execute(query.limit(limit) if limit else query)]
         return rows[::-1] if limit else rows
 
-    def first_failure(self, batch_id: uuid.UUID) -> tuple[str, str | None] | None:
-        """(task id, message) of the first child that failed or crashed, for an errback's text."""
+    def first_failure(self, batch_id: uuid.UUID) -> FirstFailure | None:
+        """The first child that failed or crashed, for an errback's text and for who waits."""
         query = (
-            sa.select(child.c.task_id, incident.c.message)
+            sa.select(
+                child.c.position, sa.func.coalesce(child.c.result_id, child.c.task_id), child.c.status, child.c.cause,
+                incident.c.message, incident.c.exception, incident.c.error,
+            )
             .join(incident, sa.and_(incident.c.batch_id == child.c.batch_id, incident.c.position == child.c.position))
             .where(
                 child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
@@ -207,7 +274,7 @@ class Queries(Connected):
         )  # fmt: skip
         with self.read() as connection:
             found = connection.execute(query).one_or_none()
-        return None if found is None else (found[0], found[1])
+        return None if found is None else FirstFailure(*found)
 
     def crash_groups(
         self, by: str, batch_id: uuid.UUID | None = None, *, since: float | None = None, limit: int = 1000
@@ -294,6 +361,15 @@ def _in_order(root: int, parts: dict[int, list[Any]]) -> Iterator[str | None]:
         waiting += reversed(parts.get(row.position, ()))
 
 
+def _tree(ids: Sequence[uuid.UUID]) -> sa.CTE:
+    """(root, id): each batch, and those nested in it at any depth."""
+    tree = sa.select(batch.c.id.label("root"), batch.c.id).where(batch.c.id.in_(ids)).cte("tree", recursive=True)
+    inner = batch.alias("inner_batch")
+    return tree.union(
+        sa.select(tree.c.root, inner.c.id).where(inner.c.parent_batch.is_not(None), inner.c.parent_batch == tree.c.id)
+    )
+
+
 def _progress(row: Any) -> Progress:
     counts = {name: int(getattr(row, name) or 0) for name in _COUNTS}
     settled = counts["completed"] + counts["failed"] + counts["crashed"] + counts["cancelled"]
@@ -305,7 +381,8 @@ def _progress(row: Any) -> Progress:
         pending=counts["total"] - settled - running, running=running, **counts,
         created_at=row.created_at, started_at=row.started_at, finished_at=row.finished_at,
         seconds=None if row.seconds is None else float(row.seconds),
-        paused_at=row.paused_at, pause_reason=row.pause_reason,
+        paused_at=row.paused_at, pause_reason=row.pause_reason, weight_total=int(row.weight_total or 0),
+        weight_done=int(row.weight_done or 0), nested=int(row.nested),
     )  # fmt: skip
 
 

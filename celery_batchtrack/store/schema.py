@@ -42,6 +42,8 @@ def _where(text: str) -> Any:
 
 
 _OPEN = _one_of("status", OPEN)
+#: Batches that a deadline may end. A query says it in these very words, or the index is not found.
+DUE = "status IN ('open', 'running') AND deadline_at IS NOT NULL"
 #: Incidents of runs that went down with their worker. A query says it in these very words, or the index is not found.
 WITH_ITS_WORKER = "cause = 'worker_lost' OR detected_by IN ('host', 'lease')"
 
@@ -93,6 +95,8 @@ batch = sa.Table(
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("reason", sa.String(16)),
     sa.Column("round", sa.SmallInteger, nullable=False, server_default="1"),
+    sa.Column("parent_batch", Identifier),  # nested: the batch whose child waits for this one
+    sa.Column("parent_position", sa.BigInteger),
     sa.Column("parent_task_id", sa.String(255)),
     sa.Column("parent_task", sa.String(255)),
     sa.Column("root_id", sa.String(255)),
@@ -101,6 +105,13 @@ batch = sa.Table(
     sa.Column("headers", sa.Text),
     sa.Column("start_now", sa.Boolean, nullable=False),
     sa.Column("watch_failure", sa.Boolean, nullable=False),  # has on_first_failure callbacks
+    sa.Column("watch_progress", sa.Boolean, nullable=False, server_default=sa.false()),  # has on_progress callbacks
+    sa.Column("untold", sa.Boolean, nullable=False, server_default=sa.false()),  # its end, to Celery's result backend
+    sa.Column("result_id", sa.String(255)),  # by which its body's outcome is asked for
+    sa.Column("description", sa.Text),
+    sa.Column("tags", Json),
+    sa.Column("metadata", Json),
+    sa.Column("deadline_at", Moment),
     sa.Column("shards", sa.SmallInteger, nullable=False),
     sa.Column("opened_by", Identifier),
     sa.Column("next_position", sa.BigInteger, nullable=False, server_default="0"),
@@ -118,8 +129,16 @@ batch = sa.Table(
     sa.CheckConstraint("status <> 'running' OR sealed_at IS NOT NULL", name="sealed"),
     sa.CheckConstraint("status <> 'open' OR sealed_at IS NULL", name="unsealed"),
     sa.CheckConstraint("(status = 'cancelled') = (reason IS NOT NULL)", name="reason"),
+    sa.ForeignKeyConstraint(
+        ["parent_batch"], ["batchtrack_batch.id"], ondelete="CASCADE", name="fk_batchtrack_batch_parent_batch"
+    ),
     sa.Index("batchtrack_batch_alive", "status", **_where("status IN ('open', 'running')")),
     sa.Index("batchtrack_batch_created", "created_at"),
+    sa.Index("batchtrack_batch_name", "name"),
+    sa.Index("batchtrack_batch_parent", "parent_batch", **_where("parent_batch IS NOT NULL")),
+    sa.Index("batchtrack_batch_deadline", "deadline_at", **_where(DUE)),
+    sa.Index("batchtrack_batch_result", "result_id", **_where("result_id IS NOT NULL")),
+    sa.Index("batchtrack_batch_untold", "id", **_where("untold")),
 )
 
 child = sa.Table(
@@ -150,6 +169,8 @@ child = sa.Table(
     sa.Column("policy", Json),
     sa.Column("items", Json),
     sa.Column("item_count", sa.Integer, nullable=False, server_default="1"),
+    sa.Column("weight", sa.BigInteger, nullable=False, server_default="1"),  # share of the batch's progress
+    sa.Column("result_id", sa.String(255)),  # by which its outcome is asked for, where `task_id` changes on the way
     sa.Column("signature", sa.Text),
     sa.Column("result", sa.Text),
     sa.Column("worker_id", Identifier),
@@ -183,6 +204,9 @@ child = sa.Table(
     # One slot of one worker runs at most one child.
     sa.Index("batchtrack_child_slot", "worker_id", "slot", unique=True, **_where("status = 'running'")),
     sa.Index("batchtrack_child_open", "batch_id", "status", **_where(_OPEN)),
+    # Who waits for a nested batch; callbacks and chains by the id that their caller knows.
+    sa.Index("batchtrack_child_waiting", "waits_on_batch", **_where("waits_on_batch IS NOT NULL")),
+    sa.Index("batchtrack_child_result", "result_id", **_where("result_id IS NOT NULL")),
     # The parts of a header position, and suspects that wait to run alone.
     sa.Index("batchtrack_child_origin", "batch_id", "origin", **_where("origin IS NOT NULL")),
     sa.Index("batchtrack_child_isolated", "queue", **_where("isolated AND status = 'pending'")),
@@ -206,6 +230,8 @@ tally = sa.Table(
         for prefix in ("", "items_")
         for name in ("total", "completed", "failed", "crashed", "cancelled")
     ),
+    sa.Column("weight_total", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("weight_done", sa.BigInteger, nullable=False, server_default="0"),
     sa.PrimaryKeyConstraint("batch_id", "shard"),
     sa.ForeignKeyConstraint(["batch_id"], ["batchtrack_batch.id"], ondelete="CASCADE"),
 )
@@ -233,6 +259,7 @@ incident = sa.Table(
     sa.Column("exit_code", sa.Integer),
     sa.Column("message", sa.Text),
     sa.Column("exception", sa.String(255)),
+    sa.Column("error", sa.Text),  # JSON of the exception, as Celery's result backends keep it
     sa.Column("traceback", sa.Text),
     sa.Column("stack", sa.Text),
     sa.Column("python_frame", sa.String(255)),

@@ -29,7 +29,7 @@ from .engine import Connected
 from .incidents import Attempt, record
 from .quarantine import count_kill
 from .schema import batch, child
-from .transitions import change, regroup
+from .transitions import Share, change, regroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +104,20 @@ class Splitting(Connected):
     ) -> tuple[int, bool]:  # fmt: skip
         """The next free position, and whether the killer is in quarantine from now on."""
         quarantined = False
-        added: list[tuple[int, int, Status]] = []
+        added: list[Share] = []
         position = owner.next_position
-        for part in parts:
+        for part, weight in zip(parts, _weights(row, parts), strict=True):
             shard = position % owner.shards
-            connection.execute(sa.insert(child).values(**_values(row, part, position, shard, attempt)))
-            added.append((shard, part.item_count, part.status))
+            values = _values(row, part, position, shard, attempt)
+            connection.execute(sa.insert(child).values(**values, weight=weight))
+            added.append(Share(shard, part.item_count, weight, part.status))
             if part.evidence is not None:
                 key = ChildKey(row.batch_id, position)
                 told = replace(Attempt.of(row, attempt), key=key)
                 record(connection, told, part.status, part.evidence, Verdict.OBSERVED)
                 quarantined |= count_kill(connection, row.task, killer, key, part.evidence)
             position += 1
-        regroup(connection, row.batch_id, (row.shard, row.item_count), added)
+        regroup(connection, row.batch_id, [Share(row.shard, row.item_count, row.weight)], added)
         connection.execute(sa.update(batch).where(batch.c.id == row.batch_id).values(next_position=position))
         return position, quarantined
 
@@ -144,6 +145,18 @@ class Splitting(Connected):
             return int(connection.execute(sa.select(itself + parts)).scalar_one())
 
 
+def _weights(row: ChildRow, parts: Sequence[Part]) -> list[int]:
+    """The child's weight, shared out by items; none of it is lost by rounding."""
+    weights, before, given = [], 0, 0
+    for part in parts:
+        before += part.item_count
+        until = row.weight * before // row.item_count if row.item_count else 0
+        weights.append(until - given)
+        given = until
+    weights[-1] += row.weight - given
+    return weights
+
+
 def _values(row: ChildRow, part: Part, position: int, shard: int, attempt: int) -> dict[str, Any]:
     values: dict[str, Any] = {
         "batch_id": row.batch_id, "position": position, "kind": Kind.CHILD.value, "round": row.round, "shard": shard,
@@ -151,7 +164,8 @@ def _values(row: ChildRow, part: Part, position: int, shard: int, attempt: int) 
         "origin": row.position if row.origin is None else row.origin, "policy": row.policy,
         "items": list(part.items) or None, "item_count": part.item_count, "created_at": now(),
         "queue": part.queue or row.queue, "rerouted": row.rerouted or part.queue is not None,
-        "isolated": part.isolated, "expires_at": row.expires_at, "signature": part.signature,
+        "isolated": part.isolated, "expires_at": row.expires_at, "signature": part.signature, "link": row.link,
+        "result_id": None if row.result_id is None else part.task_id,
     }  # fmt: skip
     if part.status is not Status.PENDING:  # it ended in the attempt that its predecessor died in
         values.update(

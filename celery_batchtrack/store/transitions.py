@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,7 +15,7 @@ from .clock import now
 from .schema import batch, child, tally
 
 #: Columns that a transition needs from the rows it changed, to move the tally.
-MOVED = (child.c.shard, child.c.kind, child.c.item_count)
+MOVED = (child.c.shard, child.c.kind, child.c.item_count, child.c.weight)
 
 _COUNTED = (Status.COMPLETED, Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
@@ -52,9 +53,12 @@ def change_batch(
     )
 
 
-def counted(source: Status | None, target: Status, items: Any, count: Any = 1) -> dict[str, Any]:
+def counted(source: Status | None, target: Status, items: Any, weight: Any, count: Any = 1) -> dict[str, Any]:
     """Tally columns that change when a child goes from `source` to `target` (open states count nowhere)."""
     values: dict[str, Any] = {}
+    done = (target in _COUNTED) - (source in _COUNTED)
+    if done:
+        values["weight_done"] = tally.c.weight_done + done * weight
     for state, sign in ((source, -1), (target, 1)):
         if state in _COUNTED:
             values[state.value] = tally.c[state.value] + sign * count
@@ -69,45 +73,60 @@ OPEN_IN_SHARD = (tally.c.total - tally.c.completed - tally.c.failed - tally.c.cr
 def move(
     connection: sa.Connection, batch_id: Any, rows: Iterable[Sequence[Any]], source: Status | None, target: Status
 ) -> bool:
-    """Move the tally for `rows` (shard, kind, item_count) of one batch, shards in order.
+    """Move the tally for `rows` (shard, kind, item_count, weight) of one batch, shards in order.
 
     Answers whether a shard has nothing open any more: then the batch may be over.
     """
-    sums: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-    for shard, kind, item_count, *_ in rows:
+    sums: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for shard, kind, item_count, weight, *_ in rows:
         if kind == Kind.CHILD:
             sums[shard][0] += 1
             sums[shard][1] += item_count
+            sums[shard][2] += weight
     emptied = False
     for shard in sorted(sums):
-        count, items = sums[shard]
+        count, items, weight = sums[shard]
         left = connection.execute(
             sa.update(tally)
             .where(tally.c.batch_id == batch_id, tally.c.shard == shard)
-            .values(counted(source, target, items, count))
+            .values(counted(source, target, items, weight, count))
             .returning(OPEN_IN_SHARD)
         ).scalar_one()
         emptied |= left == 0
     return emptied
 
 
-def regroup(
-    connection: sa.Connection, batch_id: Any, removed: tuple[int, int], added: Iterable[tuple[int, int, Status]]
-) -> None:
-    """Move the tally for a split child, (shard, items), and its parts, (shard, items, status), shards in order."""
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one child adds to its shard of the tally."""
+
+    shard: int
+    items: int
+    weight: int
+    status: Status = Status.PENDING
+
+
+def regroup(connection: sa.Connection, batch_id: Any, removed: Iterable[Share], added: Iterable[Share]) -> None:
+    """Move the tally where open children go and others come in their place, shards in order."""
     sums: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    sums[removed[0]]["total"] -= 1
-    sums[removed[0]]["items_total"] -= removed[1]
-    for shard, items, status in added:
-        for name in ("total", *((status.value,) if status in _COUNTED else ())):
-            sums[shard][name] += 1
-            sums[shard][f"items_{name}"] += items
+    for sign, shares in ((-1, removed), (1, added)):
+        for share in shares:
+            _add_share(sums[share.shard], share, sign)
     for shard in sorted(sums):
         connection.execute(
             sa.update(tally)
             .where(tally.c.batch_id == batch_id, tally.c.shard == shard)
             .values({name: tally.c[name] + value for name, value in sums[shard].items()})
         )
+
+
+def _add_share(sums: dict[str, int], share: Share, sign: int) -> None:
+    for name in ("total", *((share.status.value,) if share.status in _COUNTED else ())):
+        sums[name] += sign
+        sums[f"items_{name}"] += sign * share.items
+    sums["weight_total"] += sign * share.weight
+    if share.status in _COUNTED:
+        sums["weight_done"] += sign * share.weight
 
 
 def settle_and_count(settle: sa.Update, target: Status) -> sa.Select[Any]:
@@ -123,7 +142,7 @@ def settle_and_count(settle: sa.Update, target: Status) -> sa.Select[Any]:
             tally.c.shard == settled.c.shard,
             settled.c.kind == Kind.CHILD.value,
         )
-        .values(counted(None, target, settled.c.item_count))
+        .values(counted(None, target, settled.c.item_count, settled.c.weight))
         .returning(OPEN_IN_SHARD)
         .cte("moved")
     )

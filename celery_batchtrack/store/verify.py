@@ -58,6 +58,9 @@ def tally_equals_rows(grace: float) -> sa.Select[Any]:
         is_it = child.c.status == status.value
         counts.append(sa.func.sum(sa.case((is_it, 1), else_=0)).label(status.value))
         counts.append(sa.func.sum(sa.case((is_it, child.c.item_count), else_=0)).label(f"items_{status.value}"))
+    weight = sa.func.sum(sa.case((child.c.status != Status.SPLIT.value, child.c.weight), else_=0))
+    done = sa.func.sum(sa.case((child.c.status.in_([each.value for each in _COUNTED]), child.c.weight), else_=0))
+    counts += [weight.label("weight_total"), done.label("weight_done")]
     rows = (
         sa.select(child.c.batch_id, child.c.shard, *counts)
         .where(_CHILD)
@@ -262,12 +265,13 @@ def callback_rows_once(grace: float) -> sa.Select[Any]:
 
 @check
 def no_callback_before_the_end(grace: float) -> sa.Select[Any]:
-    """Only `on_first_failure` may exist while its batch runs."""
+    """Only `on_first_failure` and `on_progress` may exist while their batch runs."""
     return (
         sa.select(_label(*_CHILD_LABEL))
         .join(batch, batch.c.id == child.c.batch_id)
         .where(
-            ~_CHILD, child.c.kind != Kind.ON_FIRST_FAILURE.value, child.c.round == batch.c.round,
+            ~_CHILD, child.c.kind.not_in([Kind.ON_FIRST_FAILURE.value, Kind.ON_PROGRESS.value]),
+            child.c.round == batch.c.round,
             batch.c.status.in_([each.value for each in BATCH_ALIVE]),
         )
     )  # fmt: skip
@@ -293,6 +297,43 @@ def positions_below_next(grace: float) -> sa.Select[Any]:
         sa.select(_label(*_CHILD_LABEL))
         .join(batch, batch.c.id == child.c.batch_id)
         .where(child.c.position >= batch.c.next_position)
+    )
+
+
+@check
+def waiting_for_a_batch_that_exists(grace: float) -> sa.Select[Any]:
+    """An open child waits for a batch that is there, that names it, and that is not long over."""
+    nested = batch.alias("nested")
+    names_it = sa.and_(nested.c.parent_batch == child.c.batch_id, nested.c.parent_position == child.c.position)
+    called = child.alias("called")
+    last = (
+        sa.select(sa.func.coalesce(sa.func.max(called.c.finished_at), nested.c.finished_at))
+        .where(called.c.batch_id == nested.c.id, called.c.kind == Kind.ON_SUCCESS.value)
+        .scalar_subquery()
+    )
+    open_body = sa.exists().where(
+        called.c.batch_id == nested.c.id, called.c.kind == Kind.ON_SUCCESS.value, called.c.status.in_(_OPEN),
+    )  # fmt: skip
+    over = sa.and_(nested.c.status.in_(_ENDED), ~open_body, age(last) > grace)
+    return (
+        sa.select(_label(*_CHILD_LABEL))
+        .select_from(child.outerjoin(nested, nested.c.id == child.c.waits_on_batch))
+        .where(
+            child.c.waits_on_batch.is_not(None), child.c.status == Status.PENDING.value,
+            sa.or_(nested.c.id.is_(None), ~names_it, over),
+        )
+    )  # fmt: skip
+
+
+@check
+def nested_batch_is_waited_for(grace: float) -> sa.Select[Any]:
+    """A nested batch that has not ended has a child that waits for it, or one that settled just now."""
+    holds = sa.exists().where(
+        child.c.batch_id == batch.c.parent_batch, child.c.position == batch.c.parent_position,
+        sa.or_(child.c.status.in_(_OPEN), age(child.c.finished_at) <= grace),
+    )  # fmt: skip
+    return sa.select(_label(batch.c.id)).where(
+        batch.c.parent_batch.is_not(None), batch.c.status.in_([each.value for each in BATCH_ALIVE]), ~holds
     )
 
 

@@ -57,6 +57,23 @@ class BatchEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class BackendAway:
+    """Celery's result backend did not take the end of a batch; a sweep tells it again."""
+
+    batch_id: uuid.UUID
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRetried:
+    """An ended batch runs again."""
+
+    batch_id: uuid.UUID
+    round: int
+    children: int
+
+
+@dataclass(frozen=True, slots=True)
 class Redispatched:
     """Rows that were still pending after a long wait were published again."""
 
@@ -189,4 +206,5 @@ Event = (
     ChildSettled | ChildCrashed | VerdictOverturned | LateWrite | BatchEnded | Redispatched | PublishFailed
     | WorkerLost | ClaimRefused | DatabaseAway | FollowUpFailed | SpoolDelivered | ZombieTerminated | BatchPaused
     | BatchResumed | Quarantined | Withheld | Stalled | BlackBoxMissing | StacksMissing | VerdictFailed
+    | BackendAway | BatchRetried
 )  # fmt: skip

@@ -27,6 +27,8 @@ class Evidence:
     #: Name of the exception's type, and its traceback.
     exception: str | None = None
     traceback: str | None = None
+    #: JSON of the exception as Celery's result backends keep it: exc_type, exc_module, exc_message.
+    error: str | None = None
     #: Python stack at a fatal signal, the thread that died first.
     stack: str | None = None
     #: The innermost frame that is the application's: ``annotate.py:88 in annotate_one``.

@@ -77,6 +77,10 @@ class Ticket:
     on_crash: Mapping[str, Any] | None = None
     #: It is to run alone in its worker.
     isolated: bool = False
+    #: Other tasks follow within the same child (a chain): its end is not the child's.
+    more: bool = False
+    #: The batch has `on_progress` callbacks.
+    milestones: bool = False
 
     def as_header(self) -> dict[str, Any]:
         """The JSON form that travels in the message header `HEADER`."""
@@ -96,6 +100,10 @@ class Ticket:
             header["on_crash"] = dict(self.on_crash)
         if self.isolated:
             header["isolated"] = True
+        if self.more:
+            header["more"] = True
+        if self.milestones:
+            header["milestones"] = True
         return header
 
     @classmethod
@@ -114,6 +122,8 @@ class Ticket:
                 keep_result=header.get("results") != "none",
                 on_crash=dict(header["on_crash"]) if header.get("on_crash") else None,
                 isolated=header.get("isolated") is True,
+                more=header.get("more") is True,
+                milestones=header.get("milestones") is True,
             )
         except (LookupError, ValueError, TypeError, AttributeError, OverflowError):
             return None

@@ -19,16 +19,29 @@ _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How many children (header positions) may fail to complete. Inclusive; percent rounds down."""
+    """How many children (header positions), or items, may fail to complete. Inclusive; percent rounds down."""
 
     children: int = 0
     percent: float | None = None
+    items: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("children", "items"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise InvalidOption(f"tolerance: {name} must be a whole number of at least 0, not {value!r}")
+        if self.percent is not None and not 0 <= self.percent <= 100:
+            raise InvalidOption(f"tolerance must be between 0% and 100%, but is {self.percent}%")
+        if sum((self.children != 0, self.percent is not None, self.items is not None)) > 1:
+            raise InvalidOption("tolerance is a number of children, a percentage, or a number of items: one of them")
 
     @classmethod
     def parse(cls, value: Any) -> Tolerance:
         """From an int (children), text such as ``"2%"``, or a Tolerance. Floats are refused."""
         if isinstance(value, Tolerance):
             return value
+        if isinstance(value, Mapping) and set(value) == {"items"}:
+            return cls(items=value["items"])
         if isinstance(value, int) and not isinstance(value, bool):
             if value < 0:
                 raise InvalidOption(f"tolerance must not be negative, but is {value}")
@@ -41,11 +54,15 @@ class Tolerance:
             raise InvalidOption(f"tolerance must be at most 100%, but is {value!r}")
         return cls(percent=percent)
 
-    def as_option(self) -> int | str:
+    def as_option(self) -> int | str | dict[str, int]:
+        if self.items is not None:
+            return {"items": self.items}
         return self.children if self.percent is None else f"{self.percent:.15g}%"
 
-    def allows(self, not_completed: int, total: int) -> bool:
-        """Whether `not_completed` of `total` children may be missing."""
+    def allows(self, not_completed: int, total: int, items: int = 0) -> bool:
+        """Whether `not_completed` of `total` children, with so many `items` not completed, may be missing."""
+        if self.items is not None:
+            return items <= self.items
         if self.percent is None:
             return not_completed <= self.children
         # Exact, so that 2% of 50 is 1 and not 0.9999…
@@ -125,8 +142,8 @@ class CrashRate:
         return f"{deaths} of {runs} runs died within {self.window:g} s, more than max_crash_rate {self.percent:.15g}%"
 
 
-def outcome(tolerance: Tolerance, completed: int, total: int) -> BatchStatus:
-    """The end of a batch none of whose children is open."""
+def outcome(tolerance: Tolerance, completed: int, total: int, items: int = 0) -> BatchStatus:
+    """The end of a batch none of whose children is open. `items`: how many are not completed."""
     if completed == total:
         return BatchStatus.COMPLETED
-    return BatchStatus.PARTIAL if tolerance.allows(total - completed, total) else BatchStatus.FAILED
+    return BatchStatus.PARTIAL if tolerance.allows(total - completed, total, items) else BatchStatus.FAILED

@@ -22,6 +22,8 @@ class NewChild:
     signature: str  # JSON
     items: tuple[str, ...] = ()
     item_count: int = 1  # a child without items is one item
+    weight: int | None = None  # share of the batch's progress; None: as many as its items
+    result_id: str | None = None  # by which its outcome is asked for, where that is not `task_id`
     queue: str | None = None
     #: Seconds from now (database clock) before which it is not to run, or an absolute time.
     countdown: float | None = None
@@ -42,10 +44,21 @@ class NewBatch:
     headers: str | None = None  # JSON: captured headers, the same for all children
     start_now: bool = False
     shards: int = 16
+    parent_batch: uuid.UUID | None = None
+    parent_position: int | None = None
     parent_task_id: str | None = None
     parent_task: str | None = None
     root_id: str | None = None
     opened_by: uuid.UUID | None = None
+    result_id: str | None = None  # by which its body's outcome is asked for
+    description: str | None = None
+    tags: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    #: Seconds from now (database clock) after which what is open is cancelled, or an absolute time.
+    deadline_in: float | None = None
+    deadline: datetime | None = None
+    #: (name of the owner as configured, its primary key).
+    owner: tuple[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,8 @@ class BatchRow:
     status: str
     reason: str | None
     round: int
+    parent_batch: uuid.UUID | None
+    parent_position: int | None
     parent_task_id: str | None
     parent_task: str | None
     root_id: str | None
@@ -67,6 +82,12 @@ class BatchRow:
     shards: int
     opened_by: uuid.UUID | None
     next_position: int
+    watch_progress: bool
+    result_id: str | None
+    description: str | None
+    tags: list[str] | None
+    metadata: dict[str, Any] | None
+    deadline_at: datetime | None
     created_at: datetime
     sealed_at: datetime | None
     paused_at: datetime | None
@@ -99,6 +120,8 @@ class ChildRow:
     crashes: int
     retries: int
     dispatches: int
+    link: int  # which of a chain's tasks it is at
+    waits_on_batch: uuid.UUID | None
     split_from: int | None
     origin: int | None  # the header position whose items these are, for what was split off it
     isolated: bool
@@ -106,6 +129,8 @@ class ChildRow:
     policy: dict[str, Any] | None
     items: list[str]
     item_count: int
+    weight: int
+    result_id: str | None
     signature: str | None
     result: str | None
     worker_id: uuid.UUID | None
@@ -203,6 +228,7 @@ class Settled:
     successors: int = 0  # so many rows were split off: dispatch
     paused: str | None = None  # this death opened the batch's breaker, and why
     quarantined: bool = False  # this death put its item into quarantine
+    body: bool = False  # it was an `on_success` callback: who waits for its batch may go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +260,22 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """The next of a child's tasks, with what came before bound into its arguments."""
+
+    task: str
+    task_id: str
+    signature: str  # JSON
+    queue: str | None = None
+    countdown: float | None = None
+    eta: datetime | None = None
+    expires_in: float | None = None
+    expires_at: datetime | None = None
+    #: Identifiers of its items, where it declares them; None: those of the child stay.
+    items: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Outgoing:
     """A row that was taken for publishing."""
 
@@ -245,7 +287,9 @@ class Outgoing:
 class Progress:
     """Counts of a batch at one moment, by children and by items. Always adds up to `total`.
 
-    `percent` is whole: floor(100 * settled items / items), at most 99 before the end, 100 after.
+    `percent` is whole: floor(100 * settled weight / weight), at most 99 before the end, 100 after. A child weighs as
+    many as its items, unless its task declares a `weight`; one that waits for a nested batch weighs what that does:
+    percent and `eta` roll up from nested batches, the counts are the batch's own.
     `rate` is settled items per second of database time since `started_at`; `eta` is seconds,
     linear; both None while nothing is settled.
     """
@@ -272,6 +316,9 @@ class Progress:
     seconds: float | None  # database time since started_at, until finished_at
     paused_at: datetime | None = None
     pause_reason: str | None = None
+    weight_total: int = 0  # nested batches included
+    weight_done: int = 0
+    nested: int = 0  # batches nested in it, at any depth
 
     @property
     def ended(self) -> bool:
@@ -285,9 +332,9 @@ class Progress:
     def percent(self) -> int:
         if self.ended:
             return 100
-        if not self.items_total:
-            return 0
-        return min(99, 100 * self.items_settled // self.items_total)
+        if not self.weight_total:
+            return 0 if not self.items_total else min(99, 100 * self.items_settled // self.items_total)
+        return min(99, 100 * self.weight_done // self.weight_total)
 
     @property
     def rate(self) -> float | None:
@@ -299,6 +346,9 @@ class Progress:
     def eta(self) -> float | None:
         if self.ended:
             return 0.0
+        if self.weight_total:
+            left = self.weight_total - self.weight_done
+            return left * self.seconds / self.weight_done if self.weight_done and self.seconds else None
         return None if self.rate is None else (self.items_total - self.items_settled) / self.rate
 
     def as_dict(self) -> dict[str, Any]:
@@ -334,6 +384,31 @@ class Finished:
     reason: str | None
     callbacks: int
     cancelled_runs: tuple[CancelledRun, ...] = ()
+    parent_batch: uuid.UUID | None = None  # whose child waited for it
+    untold: bool = False  # its end is to be told to Celery's result backend
+
+
+@dataclass(frozen=True, slots=True)
+class FirstFailure:
+    """The child that kept a batch from succeeding. `error` is JSON, as Celery's result backends keep an exception."""
+
+    position: int
+    task_id: str
+    status: str
+    cause: str | None
+    message: str | None
+    exception: str | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """An ended batch that runs again."""
+
+    batch_id: uuid.UUID
+    round: int
+    children: int
+    batches: tuple[uuid.UUID, ...]  # it, and nested ones that go on with it
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,9 +48,12 @@ class Kind(StrEnum):
     ON_FAILURE = "on_failure"
     ON_FIRST_FAILURE = "on_first_failure"
     ON_FINISH = "on_finish"
+    ON_PROGRESS = "on_progress"
 
 
-CALLBACK_KINDS = (Kind.ON_SUCCESS, Kind.ON_FAILURE, Kind.ON_FIRST_FAILURE, Kind.ON_FINISH)
+CALLBACK_KINDS = (
+    Kind.ON_SUCCESS, Kind.ON_FAILURE, Kind.ON_FIRST_FAILURE, Kind.ON_FINISH, Kind.ON_PROGRESS
+)  # fmt: skip
 
 
 class Cause(StrEnum):
@@ -64,6 +67,7 @@ class Cause(StrEnum):
     CONTENT_REFUSED = "content_refused"
     NOT_SENT = "not_sent"
     UNSERIALISABLE = "unserialisable"
+    NESTED = "nested"  # the batch that it waited for did not succeed
     # crashed
     SIGNAL = "signal"
     EXIT = "exit"
@@ -108,6 +112,7 @@ class EndReason(StrEnum):
     EXCEPTION = "exception"
     ABANDONED = "abandoned"
     DEADLINE = "deadline"
+    PARENT = "parent"  # the batch that waited for it does so no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +142,16 @@ SPLIT_UNCLAIMED = Transition("split_unclaimed", (Status.PENDING,), Status.SPLIT)
 REFUSE = Transition("refuse", (Status.PENDING,), Status.FAILED)
 WITHDRAW = Transition("withdraw", (Status.PENDING,), Status.CANCELLED)  # revoked or expired before its start
 CANCEL = Transition("cancel", OPEN, Status.CANCELLED)
+ADVANCE = Transition("advance", (Status.RUNNING,), Status.PENDING)  # a link is done, or replaced: the next one waits
+JOIN = Transition("join", (Status.PENDING,), Status.COMPLETED)  # the nested batch's result is its own
+JOIN_ADVANCE = Transition("join_advance", (Status.PENDING,), Status.PENDING)  # … and goes to the next link
+RETRY = Transition("retry", (Status.FAILED, Status.CRASHED, Status.CANCELLED), Status.PENDING)  # next round
 OVERTURN_COMPLETE = Transition("overturn_complete", (Status.CRASHED, Status.PENDING), Status.COMPLETED)
 OVERTURN_FAIL = Transition("overturn_fail", (Status.CRASHED, Status.PENDING), Status.FAILED)
 
 TRANSITIONS = (
     CLAIM, COMPLETE, FAIL, CRASH, IGNORE, RELEASE, STRIKE, CRASH_UNCLAIMED, QUARANTINE, SPLIT, SPLIT_UNCLAIMED,
-    REFUSE, WITHDRAW, CANCEL, OVERTURN_COMPLETE, OVERTURN_FAIL,
+    REFUSE, WITHDRAW, CANCEL, ADVANCE, JOIN, JOIN_ADVANCE, RETRY, OVERTURN_COMPLETE, OVERTURN_FAIL,
 )  # fmt: skip
 
 #: A settle from outside the run (main process, sweep) or from within, by its target.
@@ -164,4 +173,6 @@ FINISH = BatchTransition(
     "finish", (BatchStatus.RUNNING,), (BatchStatus.COMPLETED, BatchStatus.PARTIAL, BatchStatus.FAILED)
 )
 CANCEL_BATCH = BatchTransition("cancel", BATCH_ALIVE, (BatchStatus.CANCELLED,))
-BATCH_TRANSITIONS = (SEAL, FINISH, CANCEL_BATCH)
+RETRY_BATCH = BatchTransition("retry", BATCH_ENDED, (BatchStatus.RUNNING,))
+REOPEN = BatchTransition("reopen", BATCH_ENDED, (BatchStatus.OPEN,))
+BATCH_TRANSITIONS = (SEAL, FINISH, CANCEL_BATCH, RETRY_BATCH, REOPEN)

@@ -590,4 +590,6 @@ def test_the_first_failure_of_a_batch_names_its_task_and_message(scene: Scene) -
     scene.store.release(retried.key, retried.token, Release(evidence=Evidence(Cause.RETRY, message="not this")))
     scene.fail(scene.run(batch_id, 2))
     scene.crash(scene.run(batch_id, 1))
-    assert scene.store.first_failure(batch_id) == (scene.rows(batch_id)[2].task_id, "ValueError: no")
+    first = scene.store.first_failure(batch_id)
+    assert first is not None
+    assert (first.task_id, first.message) == (scene.rows(batch_id)[2].task_id, "ValueError: no")

@@ -1,0 +1,71 @@
+"""Rounds: what did not complete runs again, and callbacks are called anew."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from celery_batchtrack import errors
+from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.records import BatchRow, Retried
+from celery_batchtrack.vocabulary.states import Status
+
+from . import dispatch, finish
+from .tracker import Tracker
+
+#: What may be retried.
+NOT_COMPLETED = (Status.FAILED, Status.CRASHED, Status.CANCELLED)
+
+
+def retry(
+    tracker: Tracker, batch_id: uuid.UUID, statuses: Sequence[Status] = NOT_COMPLETED,
+    overrides: Mapping[str, Any] | None = None,
+) -> int:  # fmt: skip
+    """Run the children that ended so again, in the batch's next round. Returns how many; 0: there are none, and the
+    batch stays as it is.
+
+    Arguments:
+        overrides: options of `apply_async` for their messages, and ``kwargs`` to be put over their own.
+
+    Errors: BatchNotFound; BatchStateError while the batch runs.
+    """
+    options = dict(overrides or {})
+    queue = options.pop("queue", None)
+
+    def rewrite(text: str) -> str:
+        return tracker.codec.dumps(_changed(tracker.codec.loads(text), options))
+
+    done = tracker.store.retry(batch_id, statuses, queue=queue, rewrite=rewrite if options else None)
+    if done is None:
+        raise errors.BatchNotFound(f"no batch {batch_id} in {tracker.store.shown_url}")
+    if isinstance(done, BatchRow):
+        if not done.ended:
+            raise errors.BatchStateError(
+                f"batch {batch_id} is {done.status}: retry it when it has ended (cancel() ends it now)"
+            )
+        return 0
+    return _run(tracker, done)
+
+
+def _run(tracker: Tracker, retried: Retried) -> int:
+    tracker.emit(events.BatchRetried(retried.batch_id, retried.round, retried.children))
+    for batch_id in retried.batches:
+        finish.started(tracker, batch_id)
+    return retried.children
+
+
+def _changed(signature: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    options = {name: value for name, value in overrides.items() if name != "kwargs"}
+    changed = {**signature, "options": {**(signature.get("options") or {}), **options}}
+    if "kwargs" in overrides:
+        changed["kwargs"] = {**(signature.get("kwargs") or {}), **overrides["kwargs"]}
+    return changed
+
+
+def retry_callbacks(tracker: Tracker, batch_id: uuid.UUID) -> int:
+    """Call those callbacks of the present round again that did not complete. Returns how many."""
+    done = tracker.store.retry_callbacks(batch_id, NOT_COMPLETED)
+    if done:
+        dispatch.pump(tracker, batch_id)
+    return done
