@@ -198,7 +198,9 @@ def message_of(tracker: Tracker, out: Outgoing) -> Message:
     body_id = declared.get("errback")
     if body_id is not None and not declared.get("immutable"):
         ticket = replace(ticket, errback=(body_id, _dependency(tracker, row)))
-    return Message(row, batch, ticket, _prefix(tracker, out))
+    # As with Celery's chord, a body comes from one of the header's tasks: there, the one that happened to be last.
+    parent_id = tracker.store.header_task_id(row.batch_id) if row.kind == Kind.ON_SUCCESS else None
+    return Message(row, batch, ticket, _prefix(tracker, out), parent_id)
 
 
 def _has_more(tracker: Tracker, row: ChildRow) -> bool:

@@ -18,12 +18,16 @@ from celery_batchtrack.vocabulary.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A row to be published. `prefix` are arguments put before the signature's own (never to immutable ones)."""
+    """A row to be published. `prefix` are arguments put before the signature's own (never to immutable ones).
+
+    `parent_id`: the task that it comes from, where that is not the one that started the batch.
+    """
 
     row: ChildRow
     batch: BatchRow
     ticket: Ticket
     prefix: tuple[Any, ...] = ()
+    parent_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

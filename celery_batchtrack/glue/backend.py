@@ -59,7 +59,11 @@ class TablesBackend(DisabledBackend):  # type: ignore[misc]
     else it is as disabled as before.
 
     `known`: keys of rows by the task id that is asked for; others are looked up by the id of a chord's body.
+    An id that is not found is of no chord, and is refused as Celery's disabled backend does; but once a canvas with a
+    chord was started in this process, it may be of one that has not begun, and is pending.
     """
+
+    _chords_started = False
 
     def __init__(self, app: Any = None, known: Mapping[str, ChildKey] | None = None, **options: Any) -> None:
         super().__init__(app=app, **options)
@@ -67,6 +71,7 @@ class TablesBackend(DisabledBackend):  # type: ignore[misc]
 
     def ensure_chords_allowed(self) -> None:
         """Chords of ours are; Celery's own ask `apply_chord`."""
+        type(self)._chords_started = True
 
     def apply_chord(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(E_CHORD_NO_BACKEND.strip())
@@ -79,6 +84,8 @@ class TablesBackend(DisabledBackend):  # type: ignore[misc]
             return _meta(task_id, *_outcome(self.app, extension, found))
         if isinstance(found, BatchRow):
             return _meta(task_id, *_without_body(self.app, extension, found))
+        if task_id not in self.known and not self._chords_started:
+            self._is_disabled()
         return _meta(task_id, states.PENDING, None)
 
     def _found(self, store: Any, task_id: str) -> ChildRow | BatchRow | None:

@@ -8,6 +8,7 @@ not read: who does not know this package runs it as Celery's own.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import GeneratorType
@@ -15,7 +16,7 @@ from typing import Any
 
 from celery.canvas import Signature, _chain, group, maybe_signature
 from celery.canvas import chord as celery_chord
-from celery.utils.functional import _regen
+from celery.utils.functional import _regen, maybe_list
 from kombu.utils.uuid import uuid as new_task_id
 
 from celery_batchtrack import errors
@@ -80,11 +81,28 @@ class chord(celery_chord):  # type: ignore[misc]
         return start(self, args, kwargs, given)
 
 
+    def link_error(self, errback: Any) -> Any:
+        """An errback of the chord, called once: for a header that failed, and for a body that did; with
+        `task_allow_error_cb_on_chord_header` also for each header task that does.
+
+        Celery's also gives it to chords in the header, whose failure would call it twice.
+        """
+        return _link_error(self, errback)
+
     def apply(self, args: Any = None, kwargs: Any = None, **given: Any) -> Any:
         """Run it in this process; tracked where `task_always_eager` is on, or else as Celery's own."""
         if not self._get_app(self.body).conf.task_always_eager:
             return super().apply(args, kwargs, **given)
         return start(self, args, kwargs, given)
+
+
+def _link_error(signature: Any, errback: Any) -> Any:
+    errback = maybe_signature(errback)
+    if signature.app.conf.task_allow_error_cb_on_chord_header:
+        for task in maybe_list(signature.tasks) or []:
+            task.link_error(errback.clone(immutable=True))
+    signature.body.link_error(errback)
+    return errback
 
 
 def register() -> None:
@@ -93,7 +111,7 @@ def register() -> None:
 
 
 register()
-_apply_celerys, _run_celerys = celery_chord.apply_async, celery_chord.apply
+_apply_celerys, _run_celerys, _link_celerys = celery_chord.apply_async, celery_chord.apply, celery_chord.link_error
 
 
 def _is_replaced(signature: Any, kwargs: Any) -> bool:
@@ -116,10 +134,15 @@ def _apply(self: Any, args: Any = None, kwargs: Any = None, **given: Any) -> Any
     return _run_celerys(self, args, kwargs, **given)
 
 
+@functools.wraps(_link_celerys)
+def _link(self: Any, errback: Any) -> Any:
+    return _link_error(self, errback) if _is_replaced(self, None) else _link_celerys(self, errback)
+
+
 def replace_celerys() -> None:
     """Route Celery's own chords through ours, in apps whose ``BatchTrack(app, replace_celery_chord=True)`` asks for
     it; each app decides for itself."""
-    celery_chord.apply_async, celery_chord.apply = _apply_async, _apply
+    celery_chord.apply_async, celery_chord.apply, celery_chord.link_error = _apply_async, _apply, _link
 
 
 def start(signature: Any, args: Any, kwargs: Any, given: Mapping[str, Any]) -> Any:
@@ -200,7 +223,7 @@ def _streamed(header: _Header, plain: options.ValidOptions, body: Any) -> batch.
     """Children start while the header is still being read, as with Celery's chord."""
     opened = batch.Batch._of(header.extension, plain, body=body, root_id=header.root_id, parent_id=header.parent_id)
     with opened:
-        last = time.monotonic()
+        last = -math.inf
         for each in header.elements():
             opened.add(each)
             if time.monotonic() - last >= _LONGEST_WAIT:

@@ -23,8 +23,10 @@ class _FromTables:
     app: Any
 
     def _body_meta(self) -> dict[str, Any]:
+        found = self.batch.result_id or self.id
         backend = TablesBackend(app=self.batch._extension.app)
-        return backend.get_task_meta(self.batch.result_id or self.id)
+        backend.ensure_chords_allowed()
+        return backend.get_task_meta(found)
 
     def _wait_for_body(self, timeout: float | None, interval: float) -> dict[str, Any]:
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -225,7 +225,7 @@ class BatchTrack:
         settings = self.settings
         store = Store(
             configuration.database_url(self.app, settings), auto_migrate=settings.auto_migrate,
-            engine_options=settings.engine_options,
+            engine_options=settings.engine_options, owners=settings.owners,
         )  # fmt: skip
         return Tracker(
             store, settings, AppPublisher(self.app), codec, narrate.subscriber(self.app), self._policy_of,

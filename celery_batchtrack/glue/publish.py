@@ -53,7 +53,7 @@ def call_of(message: Message, *, rerouted: bool = True) -> tuple[list[Any], dict
     options.update(
         task_id=row.task_id,
         root_id=options.get("root_id") or batch.root_id,
-        parent_id=options.get("parent_id") or batch.parent_task_id,
+        parent_id=options.get("parent_id") or message.parent_id or batch.parent_task_id,
         retries=row.retries,
         add_to_parent=False,
     )

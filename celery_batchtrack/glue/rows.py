@@ -20,7 +20,7 @@ from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, NewBatch, N
 from celery_batchtrack.vocabulary.settings import Settings
 from celery_batchtrack.vocabulary.states import Kind
 
-from . import canvas, codec, declare, options, signatures
+from . import canvas, codec, declare, options, owner, signatures
 from .options import ValidOptions
 
 
@@ -52,7 +52,8 @@ def _made(
     given = first.get("options") or {}
     args, kwargs = tuple(first.get("args") or ()), dict(first.get("kwargs") or {})
     task = app.tasks.get(first["task"])
-    items, count, weight = (), 1, None
+    items: tuple[str, ...] = ()
+    count, weight = 1, None
     if whole and task is not None:
         args, kwargs = signatures.checked(task, args, kwargs)
         items, count = declare.items_of(task, args, kwargs)
@@ -197,7 +198,7 @@ def new_batch(
         metadata=valid.metadata,
         deadline_in=valid.deadline_in,
         deadline=valid.deadline,
-        owner=valid.owner,
+        owner=owner.owner_of(settings, valid.owner),
     )
 
 

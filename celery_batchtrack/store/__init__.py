@@ -6,6 +6,7 @@ from .breaker import Pausing
 from .children import ChildWrites, SlotTaken
 from .dispatching import Dispatching
 from .nesting import Nesting
+from .owners import Owning
 from .pruning import Pruning
 from .quarantine import Quarantining
 from .queries import Queries
@@ -16,8 +17,8 @@ from .workers import WorkerWrites
 
 
 class Store(
-    Rounds, Nesting, ChildWrites, Splitting, Quarantining, Pausing, WorkerWrites, Dispatching, Queries, Pruning,
-    Verifying,
+    Rounds, Nesting, Owning, ChildWrites, Splitting, Quarantining, Pausing, WorkerWrites, Dispatching, Queries,
+    Pruning, Verifying,
 ):  # fmt: skip
     """Everything the tracking database is asked, by topic."""
 

@@ -28,7 +28,7 @@ from celery_batchtrack.vocabulary.states import (
 from . import callbacks
 from .callbacks import DueCallbacks
 from .clock import moment, now
-from .engine import Connected
+from .owners import Owning
 from .rows import BATCH_COLUMNS, batch_row
 from .schema import DUE, batch, child, tally, worker
 from .transitions import MOVED, change, change_batch, lock_in_order, move
@@ -43,7 +43,7 @@ _DUE_KINDS = {
 _MADE = ("deadline_in", "deadline", "owner")
 
 
-class BatchWrites(Connected):
+class BatchWrites(Owning):
     """Guarded writes to batches. Locks: batch, then children by position, then tally by shard."""
 
     def create(self, new: NewBatch, children: Sequence[NewChild] = (), *, seal: bool = False) -> None:
@@ -65,6 +65,8 @@ class BatchWrites(Connected):
                 watch_crashes=new.options.get("crash_rate") is not None,
             )
         )  # fmt: skip
+        if new.owner is not None:
+            self._own(connection, new.id, new.owner)
         connection.execute(sa.insert(tally), [{"batch_id": new.id, "shard": shard} for shard in range(new.shards)])
         if children:
             self._insert(connection, new.id, new.shards, 0, children)

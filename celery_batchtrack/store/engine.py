@@ -130,12 +130,14 @@ class Connected:
     """
 
     def __init__(
-        self, url: str, *, auto_migrate: bool | None = None, engine_options: Mapping[str, Any] | None = None
-    ) -> None:
+        self, url: str, *, auto_migrate: bool | None = None, engine_options: Mapping[str, Any] | None = None,
+        owners: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.url = normalised(url)
         self.sqlite = self.url.get_backend_name() == "sqlite"
         self._auto_migrate = self.sqlite if auto_migrate is None else auto_migrate
         self._options = dict(engine_options or {})
+        self._owners = dict(owners or {})
         self._lock = threading.Lock()
         self._engine: tuple[int, sa.Engine] | None = None
         self._store_id: uuid.UUID | None = None
@@ -187,8 +189,11 @@ class Connected:
     def migrate(self) -> None:
         """Bring the tables to this version's schema. Safe to run twice, and by two at once."""
         with self._translated(), self._guarded():
-            migrate.upgrade(self.engine)
+            migrate.upgrade(self.engine, self._after_steps)
         self._store_id = None
+
+    def _after_steps(self, connection: sa.Connection) -> None:
+        """What else the tables need, in the transaction of the steps."""
 
     @property
     def shown_url(self) -> str:

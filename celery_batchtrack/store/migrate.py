@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
@@ -69,8 +70,8 @@ def refusal(found: State, url: str) -> errors.SchemaError:
     )
 
 
-def upgrade(engine: sa.Engine) -> None:
-    """Run every missing step, in one transaction."""
+def upgrade(engine: sa.Engine, after: Callable[[sa.Connection], None]) -> None:
+    """Run every missing step, and then `after`, in one transaction."""
     settings = config()
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
@@ -79,3 +80,4 @@ def upgrade(engine: sa.Engine) -> None:
             raise refusal(State.NEWER, engine.url.render_as_string(hide_password=True))
         settings.attributes["connection"] = connection
         command.upgrade(settings, "head")
+        after(connection)

@@ -154,6 +154,14 @@ class Queries(Connected):
             found = connection.execute(query).one_or_none()
         return None if found is None else child_row(found)
 
+    def header_task_id(self, batch_id: uuid.UUID) -> str | None:
+        """The id by which the first header position is known."""
+        query = sa.select(sa.func.coalesce(child.c.result_id, child.c.task_id)).where(
+            child.c.batch_id == batch_id, child.c.position == 0, child.c.kind == Kind.CHILD.value
+        )
+        with self.read() as connection:
+            return connection.execute(query).scalar_one_or_none()
+
     def batch_by_result_id(self, result_id: str) -> BatchRow | None:
         """The batch whose body's outcome is asked for by this id."""
         query = sa.select(*BATCH_COLUMNS).where(batch.c.result_id.is_not(None), batch.c.result_id == result_id)

@@ -6,7 +6,9 @@ A setting is called ``batchtrack_<field>`` in ``app.conf`` (``CELERY_BATCHTRACK_
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -19,6 +21,9 @@ PREFIX = "batchtrack_"
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)?\s*")
 _UNITS = {None: 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+_OWNER = re.compile(r"[A-Za-z0-9_]{1,40}")
+_COLUMN = re.compile(r"(?:[\w$-]+\.)?[\w$-]+\.[\w$-]+")
 
 
 def seconds(value: Any) -> float:
@@ -98,6 +103,22 @@ def _retention(value: Any) -> Mapping[str, float]:
 def _mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"must be a mapping, not {value!r}")
+    return dict(value)
+
+
+def _owners(value: Any) -> Mapping[str, str]:
+    if isinstance(value, str):  # as an environment variable gives it
+        with contextlib.suppress(ValueError):
+            value = json.loads(value or "{}")
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a mapping such as {{'upload': 'shop_upload.id'}}, or its JSON, not {value!r}")
+    for name, column in value.items():
+        if not isinstance(name, str) or not _OWNER.fullmatch(name):
+            raise ValueError(f"names owners by letters, digits and underscores, at most 40 of them, not {name!r}")
+        if not isinstance(column, str) or not _COLUMN.fullmatch(column):
+            raise ValueError(f"[{name!r}] must be 'table.column' or 'schema.table.column', not {column!r}")
+    if len({name.lower() for name in value}) < len(value):
+        raise ValueError(f"has names that are the same but for upper case: {sorted(value)}")
     return dict(value)
 
 
@@ -195,6 +216,13 @@ class Settings:
         _retention,
         "seconds by outcome",
         "how long ended batches are kept; keys completed and other",
+    )
+    owners: Mapping[str, str] = _setting(
+        {},
+        _owners,
+        "columns by name",
+        "the application's own tables that `owner=` may name, as `{'upload': 'shop_upload.id'}`: deleting the row "
+        "deletes its batches; `batchtrack migrate` makes the columns",
     )
     blackbox_dir: str | None = _setting(
         None,

@@ -3,6 +3,7 @@
 Revision: 0003, after: 0002
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,6 +18,10 @@ branch_labels = None
 depends_on = None
 
 _KINDS = "'child', 'on_success', 'on_failure', 'on_first_failure', 'on_finish'"
+_PARENT = (
+    "CONSTRAINT fk_batchtrack_batch_parent_batch FOREIGN KEY(parent_batch) REFERENCES batchtrack_batch (id) "
+    "ON DELETE CASCADE"
+)
 _OPEN_BATCH = "status IN ('open', 'running')"
 
 
@@ -80,13 +85,10 @@ def upgrade() -> None:
 
 
 def _add_parent_batch() -> None:
-    if op.get_bind().dialect.name == "sqlite":  # which adds a foreign key with its column only
-        op.execute(
-            "ALTER TABLE batchtrack_batch ADD COLUMN parent_batch VARCHAR(36) "
-            "CONSTRAINT fk_batchtrack_batch_parent_batch REFERENCES batchtrack_batch (id) ON DELETE CASCADE"
-        )
-        return
     op.add_column("batchtrack_batch", sa.Column("parent_batch", Identifier()))
+    if op.get_bind().dialect.name == "sqlite":
+        _edit("batchtrack_batch", lambda sql: f"{sql.rstrip().removesuffix(')').rstrip()}, {_PARENT})")
+        return
     op.create_foreign_key(
         "fk_batchtrack_batch_parent_batch", "batchtrack_batch", "batchtrack_batch", ["parent_batch"], ["id"],
         ondelete="CASCADE",
@@ -94,19 +96,22 @@ def _add_parent_batch() -> None:
 
 
 def _allow_kinds(kinds: str, before: str) -> None:
-    """SQLite cannot alter a CHECK. Its manual's way is to edit the schema's text: a rebuilt table would have to be
-    dropped, and with it, by cascade, every incident."""
-    if op.get_bind().dialect.name != "sqlite":
-        op.drop_constraint("ck_batchtrack_child_kind", "batchtrack_child")
-        op.create_check_constraint(op.f("ck_batchtrack_child_kind"), "batchtrack_child", f"kind IN ({kinds})")
+    if op.get_bind().dialect.name == "sqlite":
+        _edit("batchtrack_child", lambda sql: sql.replace(f"kind IN ({before})", f"kind IN ({kinds})"))
         return
+    op.drop_constraint("ck_batchtrack_child_kind", "batchtrack_child")
+    op.create_check_constraint(op.f("ck_batchtrack_child_kind"), "batchtrack_child", f"kind IN ({kinds})")
+
+
+def _edit(table: str, change: Callable[[str], str]) -> None:
+    """SQLite cannot alter constraints. Its manual's way is to edit the schema's text: a rebuilt table would have to be
+    dropped, and with it, by cascade, every row that refers to it."""
     connection = op.get_bind()
     version = connection.exec_driver_sql("PRAGMA schema_version").scalar_one()
+    where = "type = 'table' AND name = ?"
+    sql = connection.exec_driver_sql(f"SELECT sql FROM sqlite_master WHERE {where}", (table,)).scalar_one()
     connection.exec_driver_sql("PRAGMA writable_schema = ON")
-    connection.exec_driver_sql(
-        "UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE type = 'table' AND name = 'batchtrack_child'",
-        (f"kind IN ({before})", f"kind IN ({kinds})"),
-    )
+    connection.exec_driver_sql(f"UPDATE sqlite_master SET sql = ? WHERE {where}", (change(sql), table))
     connection.exec_driver_sql(f"PRAGMA schema_version = {version + 1}")
     connection.exec_driver_sql("PRAGMA writable_schema = OFF")
 
@@ -116,9 +121,11 @@ def downgrade() -> None:
     _allow_kinds(_KINDS, f"{_KINDS}, 'on_progress'")
     for name, (table, _, _) in _indexes().items():
         op.drop_index(name, table)
-    if op.get_bind().dialect.name != "sqlite":
+    if op.get_bind().dialect.name == "sqlite":
+        _edit("batchtrack_batch", lambda sql: sql.replace(f", {_PARENT}", ""))
+    else:
         op.drop_constraint("fk_batchtrack_batch_parent_batch", "batchtrack_batch")
-        op.drop_column("batchtrack_batch", "parent_batch")
+    op.drop_column("batchtrack_batch", "parent_batch")
     for table, columns in _added().items():
         for column in columns:
             op.drop_column(table, column.name)
