@@ -20,7 +20,7 @@ from celery_batchtrack.vocabulary.crash_policy import (
 )
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.records import ChildRow, Settled
-from celery_batchtrack.vocabulary.states import Cause, Detector, Verdict
+from celery_batchtrack.vocabulary.states import Cause, Detector, Status, Verdict
 
 from . import dispatch, finish, handover
 from .tracker import Tracker
@@ -144,4 +144,15 @@ def _follow(tracker: Tracker, row: ChildRow, settled: Settled, judgement: Judgem
     if judgement.runs_again or settled.successors:
         dispatch.pump(tracker, row.batch_id)
         return
+    _call_errbacks(tracker, row)
     finish.after(tracker, row.key, settled)
+
+
+def _call_errbacks(tracker: Tracker, row: ChildRow) -> None:
+    """A run that fails calls them itself; one that died cannot."""
+    if tracker.backend is None or row.signature is None or '"link_error"' not in row.signature:
+        return
+    try:
+        tracker.backend.died(row, tracker.store.failure(replace(row, status=Status.CRASHED)))
+    except Exception as error:  # noqa: BLE001 (an errback may raise anything)
+        tracker.emit(events.FollowUpFailed(row.key, f"{type(error).__name__}: {error}"))

@@ -80,6 +80,10 @@ class Backend(Protocol):
     def tell(self, batch: BatchRow, why: Sequence[FirstFailure]) -> None:
         """Store the failures, and what became of the body. May raise anything."""
 
+    def died(self, row: ChildRow, why: FirstFailure) -> None:
+        """Call the errbacks (`link_error`) of a child that crashed, as the run itself would have. May raise
+        anything."""
+
 
 class NoCanvas:
     """Where nothing is known of Celery: children have one step."""

@@ -12,6 +12,7 @@ from celery.app.task import Context
 from celery.backends.base import E_CHORD_NO_BACKEND, DisabledBackend
 from celery.exceptions import ChordError, TaskRevokedError
 from celery.exceptions import TimeoutError as CeleryTimeout
+from celery.utils.functional import maybe_list
 
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary.ids import ChildKey
@@ -172,6 +173,11 @@ class AppBackend:
         for at, task_id in enumerate(waiting):
             request = joint if joint is not None and at == len(waiting) - 1 else None
             backend.mark_as_failure(task_id, error, request=request, call_errbacks=False)
+
+    def died(self, row: ChildRow, why: FirstFailure) -> None:
+        errbacks = (signatures.parsed(row.signature).get("options") or {}).get("link_error")
+        request = Context(id=row.task_id, task=row.task, errbacks=list(maybe_list(errbacks) or ()), delivery_info={})
+        self.app.backend._call_task_errbacks(request, error_of(self.app, why), None)
 
     def _chord_error(self, batch: BatchRow, why: Sequence[FirstFailure]) -> Exception:
         first = why[0] if why else None

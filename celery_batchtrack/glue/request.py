@@ -29,6 +29,7 @@ class TrackedRequest:
     """Mixed into each task's Request class. Has no `__slots__`: Request's own would conflict."""
 
     _batchtrack_started: int | None = None
+    _batchtrack_died = False
 
     @property
     def batchtrack_ticket(self: Any) -> Ticket | None:
@@ -53,6 +54,11 @@ class TrackedRequest:
     def on_failure(self: Any, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         if not return_ok:
             _lost(self, exc_info.exception)
+            if self.batchtrack_ticket is not None:
+                # Whether this is the child's end is for its row to say: it may run again. Then, and only then, its
+                # errbacks are called and who waits in the result backend is told (`behaviour.recovery`).
+                self._batchtrack_died = True
+                self._context.errbacks = None
             if self.batchtrack_ticket is not None and not self._already_cancelled:
                 # The row's policy decides whether it runs again. Redelivered by the broker, a message that kills
                 # its process before the claim could refuse it would kill for ever.
@@ -60,6 +66,10 @@ class TrackedRequest:
         super().on_failure(  # type: ignore[misc]
             exc_info, send_failed_event=send_failed_event, return_ok=return_ok
         )
+
+    @property
+    def store_errors(self: Any) -> bool:
+        return not self._batchtrack_died and super().store_errors  # type: ignore[misc]
 
     def _retry_worker_lost(self: Any, exc: BaseException, exc_info: Any) -> bool:
         """Celery's `retry_on_worker_lost` is part of the row's policy."""

@@ -13,8 +13,9 @@ from celery_batchtrack import errors
 from celery_batchtrack.vocabulary.aftermath import CrashGroup, HeaderResult
 from celery_batchtrack.vocabulary.evidence import IncidentRow
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, FirstFailure, Progress
-from celery_batchtrack.vocabulary.states import Kind, Status
+from celery_batchtrack.vocabulary.states import BATCH_ALIVE, OPEN, Kind, Status
 
+from .callbacks import is_callback
 from .clock import age, later, now
 from .engine import Connected
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
@@ -126,6 +127,17 @@ class Queries(Connected):
             query = query.where(self._has_tag(tag))
         for key, value in (metadata or {}).items():
             query = query.where(self._has_value(key, value))
+        with self.read() as connection:
+            return list(connection.execute(query).scalars())
+
+    def unsettled(self, limit: int = 1000) -> list[uuid.UUID]:
+        """Batches that have not ended, or of which a callback is still open; oldest first."""
+        open_callback = sa.exists().where(
+            child.c.batch_id == batch.c.id, is_callback(child), child.c.round == batch.c.round,
+            child.c.status.in_([each.value for each in OPEN]),
+        )  # fmt: skip
+        alive = batch.c.status.in_([each.value for each in BATCH_ALIVE])
+        query = sa.select(batch.c.id).where(sa.or_(alive, open_callback)).order_by(batch.c.created_at).limit(limit)
         with self.read() as connection:
             return list(connection.execute(query).scalars())
 

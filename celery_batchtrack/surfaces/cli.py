@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING
 import click
 
 from celery_batchtrack import errors
-from celery_batchtrack.surfaces import crash_cli, jsonio, pages, views
+from celery_batchtrack.surfaces import crash_cli, jsonio, life_cli, pages, views
 from celery_batchtrack.surfaces.console import (
     acting,
     age,
     app_name,
     extension_of,
+    metadata,
     put,
     put_json,
     put_lines,
     say,
     screen_of,
     storable,
+    storables,
     store_of,
     until_stopped,
 )
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from celery_batchtrack.behaviour.detector import Sweep
     from celery_batchtrack.glue.extension import BatchTrack
 
-__all__ = ["batchtrack", "crash_cli"]
+__all__ = ["batchtrack", "crash_cli", "life_cli"]
 
 
 # -- looking --------------------------------------------------------------------------------------
@@ -40,12 +42,22 @@ __all__ = ["batchtrack", "crash_cli"]
 @command("list")
 @click.option("--status", "statuses", multiple=True, type=click.Choice([str(each) for each in BatchStatus]))
 @click.option("--name", callback=storable, help="Only batches of exactly this name.")
+@click.option("--tag", "tags", multiple=True, callback=storables, help="Only batches with this tag; may be repeated.")
+@click.option("--meta", multiple=True, callback=metadata, metavar="KEY=VALUE", help="Only with this in their metadata.")
+@click.option("--parent", help="Only batches nested in this one.")
 @click.option("-n", "--limit", type=click.IntRange(1, 1_000_000), default=50, show_default=True)
 @as_json
-def list_(ctx: click.Context, statuses: tuple[str, ...], name: str | None, limit: int, as_json: bool) -> None:
+def list_(
+    ctx: click.Context, statuses: tuple[str, ...], name: str | None, tags: tuple[str, ...], meta: dict[str, object],
+    parent: str | None, limit: int, as_json: bool,
+) -> None:  # fmt: skip
     """Batches, newest first."""
     store = store_of(ctx)
-    found = views.batches(store, store.list_batches(statuses=statuses, name=name, limit=limit))
+    ids = store.list_batches(
+        statuses=statuses, name=name, tags=tags, metadata=meta, limit=limit,
+        parent=None if parent is None else store.resolve(parent),
+    )  # fmt: skip
+    found = views.batches(store, ids)
     if as_json:
         put_json(found)
     else:

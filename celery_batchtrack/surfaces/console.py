@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -102,6 +103,25 @@ def duration(ctx: click.Context, param: click.Parameter, value: str | None) -> f
 def storable(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """An option's text as every database takes it."""
     return None if value is None else as_stored(value)
+
+
+def storables(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Of an option that may be given several times."""
+    return tuple(as_stored(value) for value in values)
+
+
+def metadata(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """``KEY=VALUE``, several times: the value as JSON where it is some, else as text."""
+    found: dict[str, Any] = {}
+    for value in values:
+        key, equals, text = as_stored(value).partition("=")
+        if not key or not equals:
+            raise click.BadParameter(f"{value!r} is not KEY=VALUE", ctx, param)
+        try:
+            found[key] = json.loads(text)
+        except ValueError:
+            found[key] = text
+    return found
 
 
 def as_stored(text: str) -> str:

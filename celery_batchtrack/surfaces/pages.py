@@ -118,6 +118,7 @@ def batch_page(screen: Screen, each: Object, id: str, app: str) -> Iterator[str]
         ("progress", _progress(each)),
         ("items", _sum(each, "items_")),
         ("children", _children(each)),
+        *_labels(each),
         ("times", _times(each)),
         *_paused(each, f"{command} resume {id}"),
         *(("callbacks", _callback(callback)) for callback in each["callbacks"]),
@@ -135,6 +136,19 @@ def _headline(screen: Screen, each: Object) -> str:
     if each["parent_task"]:
         parts.append(f"by {clean(each['parent_task'])} (task {clean(each['parent_task_id'])})")
     return "   ".join(parts)
+
+
+def _labels(each: Object) -> Iterator[tuple[str, str]]:
+    if each["description"]:
+        yield "about", clean(each["description"])
+    told = [clean(tag) for tag in each["tags"] or ()]
+    told += [f"{clean(key)}={clean(str(value))}" for key, value in (each["metadata"] or {}).items()]
+    if told:
+        yield "labels", ", ".join(told)
+    if each["parent_batch"]:
+        yield "nested", f"in {each['parent_batch']} #{each['parent_position']}"
+    if each["nested"]:
+        yield "nested", f"{number(each['nested'])} batches in it: `batchtrack list --parent {each['id']}`"
 
 
 def _progress(each: Object) -> str:

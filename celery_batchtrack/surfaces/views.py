@@ -27,14 +27,15 @@ _PAGE = 500
 _MARGIN = 10.0
 
 _OF_BATCH = (
-    "reason", "parent_task_id", "parent_task", "root_id", "created_at", "sealed_at", "paused_at", "pause_reason",
-    "started_at", "finished_at",
+    "reason", "parent_batch", "parent_position", "parent_task_id", "parent_task", "root_id", "description", "tags",
+    "metadata", "created_at", "sealed_at", "paused_at", "pause_reason", "deadline_at", "started_at", "finished_at",
 )  # fmt: skip
 #: Not shown: `signature` and `result` are customers' data, `run_token` is a fence, `shard` a detail.
 _OF_CHILD = (
     "batch_id", "position", "kind", "ordinal", "round", "task", "task_id", "status", "cause", "verdict", "attempt",
-    "crashes", "retries", "dispatches", "split_from", "origin", "isolated", "rerouted", "items", "item_count", "queue",
-    "worker_id", "slot", "created_at", "dispatched_at", "not_before", "expires_at", "started_at", "finished_at",
+    "crashes", "retries", "dispatches", "link", "waits_on_batch", "split_from", "origin", "isolated", "rerouted",
+    "items", "item_count", "weight", "queue", "worker_id", "slot", "created_at", "dispatched_at", "not_before",
+    "expires_at", "started_at", "finished_at",
 )  # fmt: skip
 _OF_CALLBACK = (
     "kind", "ordinal", "round", "position", "task", "task_id", "status", "cause", "attempt", "crashes", "started_at",
