@@ -30,6 +30,12 @@ def retry(
 
     Errors: BatchNotFound; BatchStateError while the batch runs.
     """
+    row = tracker.store.batch(batch_id)
+    if row is not None and row.parent_batch is not None and row.ended and tracker.store.waiting_for(batch_id) is None:
+        raise errors.BatchStateError(
+            f"batch {batch_id} is nested in {row.parent_batch}, which has gone on without it: retry that one, and this "
+            "one goes on with it"
+        )
     options = dict(overrides or {})
     queue = options.pop("queue", None)
 

@@ -140,24 +140,34 @@ class Batch:
     def __enter__(self) -> Batch:
         if self._options is None or self._opened:
             raise errors.BatchStateError("a batch is filled once: make a new Batch(…)")
-        extension, options = self._extension, self._options
-        self._client = extension.client()
+        if self._more is not None and not self._more.reopens:
+            self._more.begin(None)  # a child of it runs: that holds it
+        else:
+            self._open_as_client()
+        self._opened = True
+        return self
+
+    def _open_as_client(self) -> None:
+        """With a pulse, so that the batch is cancelled if this process dies before it is sealed."""
+        self._client = self._extension.client()
         opener = self._client.__enter__()
         try:
             if self._more is None:
-                new = rows.new_batch(
-                    extension.app, extension.settings, options, self.id, captured(extension), opened_by=opener,
-                    **self._chord,
-                )  # fmt: skip
-                self.result_id = new.result_id
-                _insert(extension, new)
+                self._create(opener)
             else:
                 self._more.begin(opener)
         except BaseException:
             self._client.__exit__(None, None, None)
             raise
-        self._opened = True
-        return self
+
+    def _create(self, opener: uuid.UUID) -> None:
+        extension, options = self._extension, self._options
+        assert options is not None
+        new = rows.new_batch(
+            extension.app, extension.settings, options, self.id, captured(extension), opened_by=opener, **self._chord
+        )
+        self.result_id = new.result_id
+        _insert(extension, new)
 
     def add(self, *children: Any, weight: int | None = None) -> None:
         """Add children (signatures of any shape). Raises BatchStateError outside the ``with`` block, or if the batch
@@ -218,7 +228,8 @@ class Batch:
             else:
                 self._cancel_after(kind)
         finally:
-            self._client.__exit__(None, None, None)
+            if self._client is not None:
+                self._client.__exit__(None, None, None)
 
     def _seal(self) -> None:
         tracker = self._extension.tracker
@@ -436,14 +447,15 @@ class Extension:
         self.reopened = False
         row = self._store.batch(self._key.batch_id)
         self.options: dict[str, Any] = {} if row is None else row.options
-        self._callback = run.claimed.kind != Kind.CHILD
+        #: It is called by a callback after the end.
+        self.reopens = run.claimed.kind != Kind.CHILD and row is not None and row.ended
 
-    def begin(self, opener: uuid.UUID) -> None:
-        row = self._store.batch(self._key.batch_id)
-        if row is not None and self._callback and row.ended:
-            self.reopened = self._store.reopen(self._key, self._token, opener)
-            if not self.reopened:
-                self._refuse()
+    def begin(self, opener: uuid.UUID | None) -> None:
+        if opener is None:
+            return
+        self.reopened = self._store.reopen(self._key, self._token, opener)
+        if not self.reopened:
+            self._refuse()
 
     def add(self, block: Sequence[NewChild]) -> int | None:
         if self.reopened:
@@ -459,8 +471,8 @@ class Extension:
 
     def _refuse(self) -> NoReturn:
         raise errors.BatchStateError(
-            f"{self._key} is no longer the run that may extend its batch: it was cancelled, taken for dead, or another "
-            "callback opened the next round"
+            f"{self._key} is not the run that may extend its batch (any more): it was cancelled or taken for dead, "
+            "another callback opened the next round, or who waited for its batch has gone on"
         )
 
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
 
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary.aftermath import CrashGroup, HeaderResult
@@ -145,14 +146,14 @@ class Queries(Connected):
         if self.sqlite:
             each = sa.func.json_each(batch.c.tags).table_valued("value")
             return sa.exists(sa.select(each.c.value).where(each.c.value == tag))
-        return batch.c.tags.contains([tag])
+        return sa.type_coerce(batch.c.tags, JSONB).contains([tag])
 
     def _has_value(self, key: str, value: Any) -> sa.ColumnElement[bool]:
         if self.sqlite:
             each = sa.func.json_each(batch.c["metadata"]).table_valued("key", "value")
             told = sa.func.json_quote(each.c.value) == sa.func.json_quote(value)
             return sa.exists(sa.select(each.c.key).where(each.c.key == key, told))
-        return batch.c["metadata"].contains({key: value})
+        return sa.type_coerce(batch.c["metadata"], JSONB).contains({key: value})
 
     def by_result_id(self, result_id: str) -> ChildRow | None:
         """The callback or chain whose outcome is asked for by this id: that of its newest round."""

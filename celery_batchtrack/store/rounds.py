@@ -161,6 +161,8 @@ class Rounds(BatchWrites):
             row = self._locked(connection, key.batch_id, *BATCH_ENDED)
             if row is None or not self._still_runs(connection, key, token, row.round):
                 return False
+            if row.parent_batch is not None and not self._is_waited_for(connection, row):
+                return False
             connection.execute(
                 change_batch(
                     REOPEN, BatchStatus.OPEN, batch.c.id == row.id,
@@ -169,6 +171,14 @@ class Rounds(BatchWrites):
             )  # fmt: skip
             self._drop_callbacks(connection, row)
             return True
+
+    def _is_waited_for(self, connection: sa.Connection, row: BatchRow) -> bool:
+        """Whether the child of its parent that waits for it still does; locked, so that it stays so."""
+        query = sa.select(child.c.position).where(
+            child.c.batch_id == row.parent_batch, child.c.position == row.parent_position,
+            child.c.waits_on_batch == row.id, child.c.status == Status.PENDING.value,
+        )  # fmt: skip
+        return connection.execute(query.with_for_update()).one_or_none() is not None
 
     def extend(self, key: ChildKey, token: uuid.UUID, children: Sequence[NewChild]) -> int | None:
         """Add children to a batch of which a child still runs, so that it cannot have ended. Returns the first's
