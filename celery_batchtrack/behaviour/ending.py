@@ -16,8 +16,6 @@ from celery_batchtrack.vocabulary.states import OPEN, BatchStatus, Cause, Kind, 
 from . import failpoints, results
 from .tracker import Tracker
 
-#: At most so many failed children are told to Celery's result backend.
-TOLD = 100
 #: What cannot be read, or made into the next step: trying again would not mend it.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
@@ -56,26 +54,16 @@ def tell_backend(tracker: Tracker, batch_id: uuid.UUID) -> None:
     batch = tracker.store.batch(batch_id)
     if tracker.backend is None or batch is None:
         return
-    why = [tracker.store.failure(row) for row in _unhappy(tracker, batch)]
+    why = tracker.store.first_failure(batch_id)
+    if batch.status in (BatchStatus.COMPLETED, BatchStatus.PARTIAL):
+        body = body_of(tracker, batch)
+        why = None if body is None else tracker.store.failure(body)
     try:
         tracker.backend.tell(batch, why)
     except Exception as error:  # noqa: BLE001 (a backend may raise anything)
         tracker.emit(events.BackendAway(batch_id, f"{type(error).__name__}: {error}"))
         return
     tracker.store.told(batch_id)
-
-
-def _unhappy(tracker: Tracker, batch: BatchRow) -> list[ChildRow]:
-    """Children that did not complete, the first that failed in front; where they all did, the body."""
-    found: list[ChildRow] = []
-    for row in tracker.store.children(batch.id, statuses=(Status.FAILED, Status.CRASHED, Status.CANCELLED)):
-        found.append(row)
-        if len(found) == TOLD:
-            break
-    if batch.status in (BatchStatus.COMPLETED, BatchStatus.PARTIAL):
-        body = body_of(tracker, batch)
-        found = [body] if body is not None and body.status != Status.COMPLETED else []
-    return sorted(found, key=lambda row: (row.status == Status.CANCELLED, row.finished_at, row.position))
 
 
 def body_settled(tracker: Tracker, key: ChildKey) -> list[uuid.UUID]:

@@ -77,8 +77,8 @@ class Canvas(Protocol):
 class Backend(Protocol):
     """Celery's result backend, for those who wait there for a body that will never run."""
 
-    def tell(self, batch: BatchRow, why: Sequence[FirstFailure]) -> None:
-        """Store the failures, and what became of the body. May raise anything."""
+    def tell(self, batch: BatchRow, why: FirstFailure | None) -> None:
+        """Store what became of the body, and why. May raise anything."""
 
     def died(self, row: ChildRow, why: FirstFailure) -> None:
         """Call the errbacks (`link_error`) of a child that crashed, as the run itself would have. May raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from celery import states
@@ -158,17 +158,14 @@ class AppBackend:
     def __init__(self, app: Any) -> None:
         self.app = app
 
-    def tell(self, batch: BatchRow, why: Sequence[FirstFailure]) -> None:
+    def tell(self, batch: BatchRow, why: FirstFailure | None) -> None:
         backend = self.app.backend
         if isinstance(backend, DisabledBackend):
             return
         waiting = [str(each) for each in batch.options.get("tell") or ()]
-        for failure in why:
-            if failure.task_id not in waiting:
-                backend.mark_as_failure(failure.task_id, error_of(self.app, failure), request=None)
         if batch.status in (BatchStatus.COMPLETED, BatchStatus.PARTIAL):
             waiting = waiting[-1:]  # its links told of themselves; the last one could not
-        error = self._chord_error(batch, why)
+        error = self._error(batch, why)
         joint = self._joint(batch)
         for at, task_id in enumerate(waiting):
             request = joint if joint is not None and at == len(waiting) - 1 else None
@@ -179,15 +176,13 @@ class AppBackend:
         request = Context(id=row.task_id, task=row.task, errbacks=list(maybe_list(errbacks) or ()), delivery_info={})
         self.app.backend._call_task_errbacks(request, error_of(self.app, why), None)
 
-    def _chord_error(self, batch: BatchRow, why: Sequence[FirstFailure]) -> Exception:
-        first = why[0] if why else None
-        if first is None:
-            return ChordError(f"batch {batch.id} was {batch.status}")  # type: ignore[no-any-return]
-        if batch.status in (BatchStatus.COMPLETED, BatchStatus.PARTIAL):
-            return error_of(self.app, first)
-        error: Exception = ChordError(f"Dependency {first.task_id} raised {first.message or first.cause}")
-        error.__cause__ = error_of(self.app, first)
-        return error
+    def _error(self, batch: BatchRow, why: FirstFailure | None) -> Exception:
+        """What `get()` raises there: as with Celery's chord, what the child raised; for a death, its story."""
+        if why is None:
+            return ChordError(f"batch {batch.id} was {batch.status} ({batch.reason})")  # type: ignore[no-any-return]
+        if why.error is not None:
+            return error_of(self.app, why)
+        return ChordError(f"Dependency {why.task_id} raised {why.message or why.cause}")  # type: ignore[no-any-return]
 
     def _joint(self, batch: BatchRow) -> Context | None:
         """A chord of Celery's own that waits for the body."""

@@ -22,7 +22,7 @@ from kombu.utils.uuid import uuid as new_task_id
 from celery_batchtrack import errors
 
 from . import batch, canvas, options, rows, signatures
-from .chord_result import body_result, header_result
+from .chord_result import body_result, frozen_header, header_result
 from .extension import BatchTrack
 from .narrate import logger
 
@@ -81,6 +81,10 @@ class chord(celery_chord):  # type: ignore[misc]
         return start(self, args, kwargs, given)
 
 
+    def freeze(self, *args: Any, **kwargs: Any) -> Any:
+        """Give ids to header and body, as Celery's. Returns the body's result."""
+        return _with_frozen_header(self, super().freeze(*args, **kwargs))
+
     def link_error(self, errback: Any) -> Any:
         """An errback of the chord, called once: for a header that failed, and for a body that did; with
         `task_allow_error_cb_on_chord_header` also for each header task that does.
@@ -94,6 +98,12 @@ class chord(celery_chord):  # type: ignore[misc]
         if not self._get_app(self.body).conf.task_always_eager:
             return super().apply(args, kwargs, **given)
         return start(self, args, kwargs, given)
+
+
+def _with_frozen_header(signature: Any, result: Any) -> Any:
+    if isinstance(signature.tasks, group) and signature.tasks.id:
+        frozen_header(result, signature.tasks.id)
+    return result
 
 
 def _link_error(signature: Any, errback: Any) -> Any:
@@ -112,6 +122,7 @@ def register() -> None:
 
 register()
 _apply_celerys, _run_celerys, _link_celerys = celery_chord.apply_async, celery_chord.apply, celery_chord.link_error
+_freeze_celerys = celery_chord.freeze
 
 
 def _is_replaced(signature: Any, kwargs: Any) -> bool:
@@ -139,10 +150,17 @@ def _link(self: Any, errback: Any) -> Any:
     return _link_error(self, errback) if _is_replaced(self, None) else _link_celerys(self, errback)
 
 
+@functools.wraps(_freeze_celerys)
+def _freeze(self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = _freeze_celerys(self, *args, **kwargs)
+    return _with_frozen_header(self, result) if _is_replaced(self, None) else result
+
+
 def replace_celerys() -> None:
     """Route Celery's own chords through ours, in apps whose ``BatchTrack(app, replace_celery_chord=True)`` asks for
     it; each app decides for itself."""
     celery_chord.apply_async, celery_chord.apply, celery_chord.link_error = _apply_async, _apply, _link
+    celery_chord.freeze = _freeze
 
 
 def start(signature: Any, args: Any, kwargs: Any, given: Mapping[str, Any]) -> Any:

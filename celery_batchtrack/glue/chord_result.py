@@ -119,6 +119,27 @@ class ChordGroupResult(_FromTables, GroupResult):  # type: ignore[misc]
         return GroupResult, (self.id, list(self.results))
 
 
+class FrozenHeader(GroupResult):  # type: ignore[misc]
+    """A header's results as a canvas freezes them, before it is started.
+
+    Children ignore their results as far as a result backend is concerned, and what one of them raised is told under
+    the id of the body: to ask for each of a thousand, at each look, would find nothing and take for ever.
+    """
+
+    def maybe_throw(self, callback: Any = None, propagate: bool = True) -> None:
+        """Nothing here to throw."""
+
+
+def frozen_header(body: Any, group_id: str) -> None:
+    """Mark the header's result among the parents of a frozen body's."""
+    node, seen = body, set()
+    while node is not None and id(node) not in seen:
+        seen.add(id(node))
+        if isinstance(node, GroupResult) and node.id == group_id:
+            node.__class__ = FrozenHeader
+        node = node.parent
+
+
 def header_result(batch: Batch, group_id: str, ids: list[str], app: Any) -> GroupResult:
     """The header's results, by position, read from its children's rows."""
     known = {task_id: ChildKey(batch.id, position) for position, task_id in enumerate(ids)}

@@ -25,9 +25,10 @@ NOT_KEPT = ("producer", "publisher", "connection", "router", "result_cls", "add_
 
 
 def signature_of(app: Any, value: Any, role: str) -> Signature:
-    """What somebody gave as a signature, as one. Raises UnsupportedCanvas for what is none."""
+    """What somebody gave as a signature, as one; a task stands for its call without arguments, as with Celery.
+    Raises UnsupportedCanvas for what is none."""
     if isinstance(value, Task):
-        raise errors.UnsupportedCanvas(f"{role} must be a signature, not a task: write {value.name}.s(…)")
+        return value.s()
     if not isinstance(value, Mapping):
         raise errors.UnsupportedCanvas(f"{role} must be a signature such as task.s(…), not {value!r:.100}")
     try:

@@ -119,6 +119,13 @@ def tasks_of(app: Celery) -> SimpleNamespace:
         """Says what it was told of the error."""
         tell(place, json.dumps([request.id, type(error).__name__, str(error)]))
 
+    # -- those that start a chord -----------------------------------------------------------------------
+
+    @task(bind=True)
+    def starts(self: Task, place: str) -> None:
+        chord([context.si(label="header", place=place)] * 2)(context.si(label="body", place=place))
+        tell(place, json.dumps({"label": "starter", "id": self.request.id, "root": self.request.root_id}))
+
     # -- those that become something else ---------------------------------------------------------------
 
     @task(bind=True)
@@ -300,7 +307,8 @@ BODIES: dict[str, tuple[Make, Any]] = {
         lambda t, chord: chord(
             [t.add.s(0, 1)],
             chord(
-                [t.total.s(), t.total.s()], chain(t.total.s(), group(t.add.s(8), t.add.s(16)), t.total.s() | t.add.s(32))
+                [t.total.s(), t.total.s()],
+                chain(t.total.s(), group(t.add.s(8), t.add.s(16)), t.total.s() | t.add.s(32)),
             ),
         ),
         60,
