@@ -103,7 +103,7 @@ def _per_call(children: int) -> None:
     from celery import Celery
     from celery.app.trace import build_tracer
 
-    from celery_batchtrack.glue.signatures import new_child
+    from celery_batchtrack.glue.rows import new_child
     from celery_batchtrack.vocabulary.ids import HEADER, ChildKey, Ticket, uuid7
     from celery_batchtrack.vocabulary.records import NewBatch
     from tests import bench_app
@@ -127,7 +127,7 @@ def _per_call(children: int) -> None:
     outside = timed(bench_app.nothing, [{}] * children)
     tracker = bench_app.app.batchtrack.tracker
     batch_id = uuid7()
-    signatures = [new_child(bench_app.app, bench_app.nothing.s(at), {}, "a child") for at in range(children)]
+    signatures = [new_child(bench_app.app, bench_app.nothing.s(at), "a child") for at in range(children)]
     # Sealed without being sent: the messages are made here.
     tracker.store.create(NewBatch(batch_id, "bench", "{}", {}), signatures, seal=True)
     tickets = [Ticket(tracker.store_id, ChildKey(batch_id, at), 0).as_header() for at in range(children)]

@@ -30,6 +30,24 @@ class ResultTimeout(errors.BatchTimeout, CeleryTimeout):  # type: ignore[misc]
     """`BatchTimeout`, for those who catch Celery's TimeoutError."""
 
 
+def as_batch_failed(error: Exception) -> Exception:
+    """The same error, to be caught by its own type or as `BatchFailed`; itself, where no class can be both."""
+    kind = type(error)
+    if isinstance(error, errors.BatchFailed):
+        return error
+    try:
+        both = type(kind.__name__, (kind, errors.BatchFailed), {
+            "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__,
+            "__reduce__": lambda self: (kind, self.args),  # elsewhere it is what it was
+        })  # fmt: skip
+        made: Exception = both.__new__(both, *error.args)
+        made.args = error.args
+        made.__dict__.update(error.__dict__)
+    except TypeError:
+        return error
+    return made
+
+
 def error_json(app: Any, error: BaseException) -> str | None:
     """An exception as Celery's result backends keep it (JSON); None where its arguments are none."""
     if not isinstance(error, Exception):

@@ -95,7 +95,8 @@ class chord(celery_chord):  # type: ignore[misc]
 
     def apply(self, args: Any = None, kwargs: Any = None, **given: Any) -> Any:
         """Run it in this process; tracked where `task_always_eager` is on, or else as Celery's own."""
-        if not self._get_app(self.body).conf.task_always_eager:
+        app = self._get_app(self.body)
+        if not app.conf.task_always_eager or not BatchTrack.of(app).enabled:
             return super().apply(args, kwargs, **given)
         return start(self, args, kwargs, given)
 
@@ -165,10 +166,18 @@ def replace_celerys() -> None:
 
 def start(signature: Any, args: Any, kwargs: Any, given: Mapping[str, Any]) -> Any:
     """Start a chord, ours or Celery's, as a batch."""
-    kwargs = dict(kwargs or {})
+    try:
+        return _started(signature, args, dict(kwargs or {}), given)
+    except RecursionError:
+        raise errors.InvalidOption("the chord is nested too deep: it contains itself, or too many others") from None
+
+
+def _started(signature: Any, args: Any, kwargs: dict[str, Any], given: Mapping[str, Any]) -> Any:
     body = kwargs.pop("body", None) or signature.kwargs.get("body")
     if body is None:
         raise errors.InvalidOption("a chord needs a body: chord(header)(body)")
+    if isinstance(body, _chain) and not body.tasks:
+        raise errors.UnsupportedCanvas("the body is an empty chain")
     app = signature._get_app(maybe_signature(body))
     extension = BatchTrack.of(app)
     body = signatures.signature_of(app, body, "the body")

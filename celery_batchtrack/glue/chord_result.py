@@ -11,7 +11,7 @@ from celery.result import AsyncResult, GroupResult, assert_will_not_block
 from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.states import BATCH_ENDED
 
-from .backend import ResultTimeout, TablesBackend
+from .backend import ResultTimeout, TablesBackend, as_batch_failed
 from .batch import Batch
 
 
@@ -26,7 +26,10 @@ class _FromTables:
         found = self.batch.result_id or self.id
         backend = TablesBackend(app=self.batch._extension.app)
         backend.ensure_chords_allowed()
-        return backend.get_task_meta(found)
+        meta = backend.get_task_meta(found)
+        if isinstance(meta["result"], Exception):
+            meta["result"] = as_batch_failed(meta["result"])
+        return meta
 
     def _wait_for_body(self, timeout: float | None, interval: float) -> dict[str, Any]:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -57,8 +60,9 @@ class _FromTables:
         """What the body returned, once it has run.
 
         Errors: BatchTimeout (also Celery's TimeoutError) after `timeout` seconds, and the batch goes on. With
-        `propagate`: what the body, or the child that kept it from running, raised; BatchFailed (also Celery's
-        ChordError) where that died without raising; TaskRevokedError where the batch was cancelled.
+        `propagate`: what the body, or the child that kept it from running, raised, which is a BatchFailed too;
+        BatchFailed that is Celery's ChordError too where that died without raising; TaskRevokedError where the batch
+        was cancelled.
         """
         if disable_sync_subtasks:
             assert_will_not_block()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain, group
+from celery.canvas import StampingVisitor
 from celery.canvas import chord as celery_chord
 from celery.exceptions import ImproperlyConfigured
 from celery.result import GroupResult
@@ -32,6 +33,11 @@ from tests.acceptance.scene import QUICK
 
 #: Nothing waits in eager mode.
 LONG = 30.0
+
+
+class Visitor(StampingVisitor):  # type: ignore[misc]
+    def on_signature(self, sig: Any, **headers: Any) -> dict[str, Any]:
+        return {"visited": 42}
 
 
 class Eager:
@@ -115,7 +121,8 @@ def test_what_was_raised_reaches_who_waits(eager: Eager, shape: Make) -> None:
 
 def test_each_element_of_a_header_is_a_row(eager: Eager) -> None:
     t = eager.t
-    result = eager.chord([t.add.s(1, 2), t.add.s(3, 4) | t.add.s(5), group(t.identity.s(0), t.identity.s(1))], t.total.s())()
+    header = [t.add.s(1, 2), t.add.s(3, 4) | t.add.s(5), group(t.identity.s(0), t.identity.s(1))]
+    result = eager.chord(header, t.total.s())()
     assert result.get(timeout=LONG) == 16
     (batch,) = eager.check()
     assert batch.id == result.batch.id
@@ -216,11 +223,14 @@ def test_a_chord_within_a_task_runs_and_is_tracked(eager: Eager) -> None:
 
 
 def test_stamps_are_in_header_and_body(eager: Eager) -> None:
-    t = eager.t
-    made = eager.chord([t.context.si(label="header", place=eager.place())], t.context.si(label="body", place=eager.place()))
-    made.stamp(order="4711")
+    t, place = eager.t, eager.place()
+    made = eager.chord([t.context.si(label="header", place=place)], t.context.si(label="body", place=place))
+    made.stamp(visitor=Visitor())
     made.apply_async().get(timeout=LONG)
-    assert [json.loads(line)["stamps"] for line in eager.lines()] == [{"order": "4711"}] * 2
+    told = [json.loads(line) for line in eager.lines()]
+    assert [each["label"] for each in told] == ["header", "body"]
+    for each in told:
+        assert each["stamps"]["visited"] == [42], "in eager mode, Celery's are lists"
 
 
 def test_switched_off_nothing_is_tracked(tmp_path: Path) -> None:

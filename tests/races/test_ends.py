@@ -96,7 +96,7 @@ def _reopened(scene: Scene, calls: tuple[str, ...] = ALL) -> tuple[uuid.UUID, sa
     counted = schema.tally
     connection.execute(
         sa.update(counted).where(counted.c.batch_id == batch_id, counted.c.shard == 0)
-        .values(crashed=0, items_crashed=0)
+        .values(crashed=0, items_crashed=0, weight_done=0)
     )  # fmt: skip
     return batch_id, connection
 

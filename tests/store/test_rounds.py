@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from celery_batchtrack import errors
 from celery_batchtrack.behaviour import ending, finish, rounds
+from celery_batchtrack.store import schema
 from celery_batchtrack.store.clock import later
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
@@ -32,7 +34,7 @@ from tests.store.kit import (
     refused,
     some,
 )
-from tests.store.test_nesting import Play, group, steps
+from tests.store.test_nesting import NESTED, Play, group, steps
 
 ALL = ("on_success", "on_failure", "on_first_failure", "on_finish")
 NOT_COMPLETED = (Status.FAILED, Status.CRASHED, Status.CANCELLED)
@@ -259,8 +261,8 @@ def test_a_breaker_counts_a_new_round_from_its_beginning(scene: Scene) -> None:
     batch_id = scene.batch(40, options={"crash_rate": CrashRate(50.0).as_option()})
     for position in range(20):
         scene.fail(scene.run(batch_id, position))
-    scene.store.sample_crash_rates()
-    scene.crash(scene.run(batch_id, 20))
+    begin = scene.store.current_time().timestamp() - 100
+    scene.set_batch(batch_id, crash_samples=[[begin, 20, 0]])  # the window has slid on to after those ends
     scene.store.cancel(batch_id)
     retried(scene, batch_id)
     for position in range(10):
@@ -327,12 +329,9 @@ def test_the_old_end_of_a_body_does_not_fail_who_waits_for_its_new_one(scene: Sc
     batch_id = play.start(steps(group("one", body="body")))
     play.work("body")
     nested = play.only_nested(batch_id)
-    incident = scene.incidents(nested)[-1]
     retried(scene, batch_id)
-    from tests.store.test_nesting import NESTED
-
     answer = scene.store.fail_waiting(ChildKey(batch_id, 0), nested, 1, Status.FAILED, NESTED)
-    assert incident.outcome == "failed" and not answer.written
+    assert not answer.written
     assert scene.statuses(batch_id) == ["pending"]
 
 
@@ -358,15 +357,11 @@ def test_what_completed_in_a_nested_batch_does_not_run_again(scene: Scene, play:
     assert rounds.retry(play.tracker, batch_id) == 1
     play.sweep()
     play.work()
-    assert play.ran[:1] != ["one"] and "two" not in play.ran, "they completed"
-    assert play.ran[-1:] == ["after"] and scene.status(batch_id) == "completed"
+    assert play.ran == ["after"], "the others completed"
+    assert scene.status(batch_id) == "completed"
 
 
 def test_a_nested_batch_that_is_gone_is_made_anew(scene: Scene, play: Play) -> None:
-    import sqlalchemy as sa
-
-    from celery_batchtrack.store import schema
-
     batch_id = play.start(steps(group("one")))
     finish.cancel(play.tracker, batch_id)
     nested = play.only_nested(batch_id)
@@ -495,7 +490,7 @@ def test_callbacks_that_did_not_complete_are_called_again(scene: Scene, tracker:
     row = scene.row(failed.key)
     assert (row.status, row.cause, row.attempt, row.result_id) == ("pending", None, 1, before.result_id)
     assert row.task_id != before.task_id
-    assert [message.row.position for message in tracker.outbox.sent] == [2, 1]
+    assert sorted(message.row.position for message in tracker.outbox.sent) == [1, 2]
     scene.complete(scene.run(batch_id, 1))
     assert rounds.retry_callbacks(tracker, batch_id) == 0 and rounds.retry_callbacks(tracker, uuid7()) == 0
     assert scene.status(batch_id) == "completed" and add_up(scene, batch_id)
@@ -630,7 +625,7 @@ def test_batches_are_listed_by_tags_metadata_name_and_parent(scene: Scene) -> No
         ({"none": None}, [one]), ({"customer": 8}, []), ({"absent": None}, []),
     ]:  # fmt: skip
         assert scene.store.list_batches(metadata=metadata) == found, metadata
-    nested, _ = uuid7(), scene.store.batch(one)
+    nested = uuid7()
     waiting = NewChild("celery.group", "an-id", "{}", weight=0)
     scene.store.create_nested(NewBatch(nested, "inner", "{}", {}, parent_batch=one), waiting)
     assert scene.store.list_batches(parent=one) == [nested] and scene.store.list_batches(parent=bare) == []
@@ -717,9 +712,6 @@ class Board:
 
     def died(self, row: Any, why: FirstFailure) -> None:
         raise AssertionError("nobody asked for that")
-
-
-Act = Callable[[Scene, uuid.UUID], object]
 
 
 def test_an_end_without_a_body_is_told_until_the_backend_has_heard_it(scene: Scene, play: Play) -> None:

@@ -11,9 +11,10 @@ import sqlalchemy as sa
 
 from celery_batchtrack.store import schema, verify
 from celery_batchtrack.store.clock import later, now
-from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.states import Verdict
-from tests.store.kit import SEGFAULT, SET_ASIDE, Scene, documents, done, killed, part, some
+from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
+from celery_batchtrack.vocabulary.records import NewBatch
+from celery_batchtrack.vocabulary.states import Status, Verdict
+from tests.store.kit import SEGFAULT, SET_ASIDE, Scene, callbacks, documents, done, killed, part, some
 
 ALL = ("on_success", "on_failure", "on_first_failure", "on_finish")
 
@@ -291,6 +292,72 @@ def a_position_given_out_twice(scene: Scene) -> None:
     scene.set_batch(scene.batch(3), next_position=2)
 
 
+def _nested(scene: Scene, *calls: str) -> tuple[uuid.UUID, uuid.UUID]:
+    """A batch, and one that its first child waits for."""
+    batch_id = scene.batch(2)
+    new = NewBatch(uuid7(), "nested", callbacks(*calls), {"tolerance": 0}, parent_batch=batch_id, parent_position=0)
+    assert scene.store.nest(scene.at(batch_id, 0), new, some(2))
+    return batch_id, new.id
+
+
+def _over(scene: Scene, batch_id: uuid.UUID, seconds: float = 600.0) -> None:
+    """It ended so long ago."""
+    for row in scene.rows(batch_id):
+        scene.complete(scene.run(batch_id, row.position))
+    scene.store.finish(batch_id)
+    scene.set_batch(batch_id, finished_at=later(-seconds))
+
+
+@breaks("waiting_for_a_batch_that_exists")
+def a_child_that_waits_for_a_batch_that_is_gone(scene: Scene) -> None:
+    _, nested = _nested(scene)
+    scene.execute(sa.delete(schema.batch).where(schema.batch.c.id == nested))
+
+
+@breaks("waiting_for_a_batch_that_exists")
+def a_child_that_waits_for_a_batch_that_names_another(scene: Scene) -> None:
+    batch_id, nested = _nested(scene)
+    scene.set_child(ChildKey(batch_id, 1), waits_on_batch=nested)
+
+
+@breaks("waiting_for_a_batch_that_exists")
+def a_child_that_waits_for_a_batch_that_nobody_nested(scene: Scene) -> None:
+    scene.set_child(ChildKey(scene.batch(1), 0), waits_on_batch=scene.batch(1))
+
+
+@breaks("waiting_for_a_batch_that_exists")
+def a_child_that_still_waits_for_a_batch_long_over(scene: Scene) -> None:
+    _over(scene, _nested(scene)[1])
+
+
+@breaks("waiting_for_a_batch_that_exists")
+def a_child_that_still_waits_for_a_body_long_over(scene: Scene) -> None:
+    _, nested = _nested(scene, "on_success")
+    _over(scene, nested)
+    claimed = scene.run(nested, 2)
+    scene.complete(claimed)
+    scene.set_child(claimed.key, finished_at=later(-600.0))
+
+
+@breaks("nested_batch_is_waited_for")
+def a_nested_batch_of_a_child_that_settled_long_ago(scene: Scene) -> None:
+    batch_id, _ = _nested(scene)
+    scene.store.cancel(batch_id)
+    scene.set_child(ChildKey(batch_id, 0), finished_at=later(-600.0))
+
+
+@breaks("nested_batch_is_waited_for")
+def a_nested_batch_of_a_child_that_vanished(scene: Scene) -> None:
+    batch_id, _ = _nested(scene)
+    table = schema.child
+    scene.execute(sa.delete(table).where(table.c.batch_id == batch_id, table.c.position == 0))
+
+
+@breaks("nested_batch_is_waited_for")
+def a_nested_batch_that_names_no_child(scene: Scene) -> None:
+    scene.set_batch(_nested(scene)[1], parent_position=None)
+
+
 # -- the tests -------------------------------------------------------------------------------------
 
 
@@ -325,6 +392,14 @@ def healthy(scene: Scene) -> None:
     )
     scene.store.quarantine(scene.at(aside, 1), SET_ASIDE)
     scene.store.pause(aside, "by hand")
+    _nested(scene)
+    _over(scene, _nested(scene)[1], 0.0)  # its end will be told in a moment
+    busy_body = _nested(scene, "on_success")[1]
+    _over(scene, busy_body)
+    scene.run(busy_body, 2)
+    scene.store.cancel(_nested(scene)[0])  # so will this one's
+    again = _ended(scene)
+    scene.store.retry(again, [Status.FAILED])
 
 
 @contextmanager

@@ -189,16 +189,26 @@ import celery_batchtrack as _batchtrack
 app = Celery("shop", task_always_eager=True)
 _batchtrack.BatchTrack(app)
 
+fixed = []
+
 @app.task
 @_batchtrack.tracked(items="ids")
 def index(ids):
-    if 13 in ids:
+    if 13 in ids and 13 not in fixed:
         raise ValueError("13 is not indexed")
     return len(ids)
 
 @app.task
 def merge(results):
     return sum(results)
+
+@app.task
+def merge_one(result):
+    return result
+
+@app.task
+def double(result):
+    return 2 * result
 
 @app.task
 def alert(report):

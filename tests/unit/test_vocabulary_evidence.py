@@ -162,7 +162,7 @@ def test_no_text_is_too_strange_for_a_fingerprint() -> None:
 
 def test_evidence_survives_its_way_over_disk_but_for_its_clocks() -> None:
     everything = Evidence(
-        Cause.OOM, "before_claim", "SIGKILL", 9, "died", "MemoryError", TRACEBACK, STACK, "native.py:12 in parse",
+        Cause.OOM, "before_claim", "SIGKILL", 9, "died", "MemoryError", TRACEBACK, "{}", STACK, "native.py:12 in parse",
         "PMC:9", 4, 3, True, "page 3", 1 << 40, "here", "boot", "w1@here", uuid.uuid4(), 41,
         {"python": "3.12"}, Detector.RECONCILE,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from celery import Celery, Task, chain, group
 from celery.canvas import chord as celery_chord
 from celery.canvas import maybe_signature
+from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_batchtrack import BatchTrack, chord
 
@@ -102,6 +103,23 @@ def tasks_of(app: Celery) -> SimpleNamespace:
         }
         tell(place, json.dumps(told))
         return told
+
+    @task(bind=True, max_retries=1)
+    def retries(self: Task, place: str) -> str:
+        """Fails once, and tells its stamps each time."""
+        tell(place, json.dumps(self.request.stamps))
+        if not self.request.retries:
+            raise self.retry(countdown=0)
+        return "at the second"
+
+    @task()
+    def guarded() -> int:
+        """Comes to nothing when its soft time limit strikes, and to an end by itself only long after that."""
+        try:
+            time.sleep(60)
+        except SoftTimeLimitExceeded:
+            return 0
+        return 1
 
     # -- callbacks -----------------------------------------------------------------------------------
 
@@ -204,10 +222,9 @@ def make(broker: str, conf: Mapping[str, Any]) -> Celery:
     return app
 
 
-app = make(
-    os.environ.get("BATCHTRACK_TEST_BROKER_URL", "memory://"), json.loads(os.environ.get("BATCHTRACK_TEST_CONF", "{}"))
-)
-tasks = tasks_of(app)
+if "BATCHTRACK_TEST_BROKER_URL" in os.environ:  # or else somebody wants the canvases below alone
+    app = make(os.environ["BATCHTRACK_TEST_BROKER_URL"], json.loads(os.environ.get("BATCHTRACK_TEST_CONF", "{}")))
+    tasks = tasks_of(app)
 
 
 # -- canvases -------------------------------------------------------------------------------------------
@@ -233,7 +250,10 @@ HEADERS: dict[str, tuple[Make, Any]] = {
         lambda t, chord: chord([t.add.s(1, 2) | t.add.s(3), chain(t.identity.s(9)), t.identity.s(1)], t.identity.s()),
         [6, 9, 1],
     ),
-    "one chain": (lambda t, chord: chord(t.add.s(1, 2) | t.add.s(3), t.identity.s()), [6]),
+    "one chain in a list": (lambda t, chord: chord([t.add.s(1, 2) | t.add.s(3)], t.identity.s()), [6]),
+    "a chain, whose tasks it takes": (
+        lambda t, chord: chord(t.identity.s(1) | t.identity.s(2), t.identity.s()), [1, 2],
+    ),
     "a group within": (
         lambda t, chord: chord((group(t.identity.s(1), t.identity.s(2)), t.identity.s(3)), t.identity.s()), [1, 2, 3],
     ),
@@ -334,16 +354,6 @@ PLACES: dict[str, tuple[Make, Any]] = {
     "a chain, within": (
         lambda t, chord: t.add.si(1, 0) | chord([t.add.s(1), t.add.s(1)], t.total.s()) | t.add.s(1), 5,
     ),
-    "a chain, before a group": (
-        lambda t, chord: chain(chord([t.add.s(1, 1), t.add.s(2, 2)], t.total.s()), group(t.add.s(1), t.add.s(2))),
-        [7, 8],
-    ),
-    "a chain, after a group": (
-        lambda t, chord: chain(
-            t.identity.si(1), group(t.add.s(1), t.add.s(2)), chord([t.total.s(), t.total.s()], t.total.s())
-        ),
-        10,
-    ),
     "a chain of chords": (
         lambda t, chord: chain(
             chord([t.add.si(1, 0)] * 3, t.total.s()),
@@ -370,6 +380,27 @@ PLACES: dict[str, tuple[Make, Any]] = {
             ),
         ),
         7,
+    ),
+}  # fmt: skip
+
+#: Groups of Celery's own, or Celery's own chords, are in these: they need a result backend.
+WITH_GROUPS: dict[str, tuple[Make, Any]] = {
+    "a chain, before a group": (
+        lambda t, chord: chain(chord([t.add.s(1, 1), t.add.s(2, 2)], t.total.s()), group(t.add.s(1), t.add.s(2))),
+        [7, 8],
+    ),
+    "a chain, after a group": (
+        lambda t, chord: chain(
+            t.identity.si(1), group(t.add.s(1), t.add.s(2)), chord([t.total.s(), t.total.s()], t.total.s())
+        ),
+        10,
+    ),
+    "a chain, between groups": (
+        lambda t, chord: chain(
+            group(t.add.s(1, 0), t.add.s(2, 0)), chord([t.total.s(), t.total.s()], t.total.s()),
+            group(t.add.s(1), t.add.s(2)),
+        ),
+        [7, 8],
     ),
 }  # fmt: skip
 
