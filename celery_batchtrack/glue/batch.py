@@ -73,6 +73,7 @@ class Batch:
         if name:
             options["name"] = name
         self._prepare(BatchTrack.of(app), uuid7(), validated(options, "batch"))
+        self._outer = options.get("parent_batch")
 
     def _prepare(self, extension: BatchTrack, batch_id: uuid.UUID, options: ValidOptions | None = None) -> None:
         self._extension, self._options = extension, options
@@ -82,6 +83,7 @@ class Batch:
         self._client: Any = None
         self._chord: dict[str, Any] = {}
         self._more: Extension | None = None
+        self._outer: Any = None
         #: Ids of the children's results, where they were given here; empty on a handle from `get`.
         self.task_ids: list[str] = []
         #: Of a chord: the id by which its body's outcome is asked for.
@@ -130,7 +132,9 @@ class Batch:
     def create(cls, name: str, children: Iterable[Any], *, app: Any = None, **options: Any) -> Batch:
         """Create, seal and start a batch in one go: rows in one transaction."""
         extension = BatchTrack.of(app)
-        return start(extension, validated({"name": name, **options}, name), list(children))
+        valid = validated({"name": name, **options}, name)
+        _keep_order(options.get("parent_batch"))
+        return start(extension, valid, list(children))
 
     def __repr__(self) -> str:
         return f"<Batch {self.id}>"
@@ -163,6 +167,7 @@ class Batch:
     def _create(self, opener: uuid.UUID) -> None:
         extension, options = self._extension, self._options
         assert options is not None
+        _keep_order(self._outer)
         new = rows.new_batch(
             extension.app, extension.settings, options, self.id, captured(extension), opened_by=opener, **self._chord
         )
@@ -435,6 +440,12 @@ class Batch:
         """Handles of the batches that its children wait for, or waited for, newest first."""
         found = self._extension.store.list_batches(parent=self.id, limit=None)
         return [Batch._handle(self._extension, each) for each in found]
+
+
+def _keep_order(outer: Any) -> None:
+    """A nested batch stands behind what was added to its parent before."""
+    if isinstance(outer, Batch) and outer._opened:
+        outer.flush()
 
 
 class Extension:
