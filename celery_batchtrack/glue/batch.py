@@ -7,24 +7,23 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from celery.result import assert_will_not_block
 
 from celery_batchtrack import errors
 from celery_batchtrack.behaviour import dispatch, finish, report, results, rounds
 from celery_batchtrack.behaviour.report import Report
-from celery_batchtrack.behaviour.run import Run
 from celery_batchtrack.vocabulary.evidence import IncidentRow
 from celery_batchtrack.vocabulary.ids import uuid7
-from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, NewBatch, NewChild, Progress
-from celery_batchtrack.vocabulary.settings import suggestion
-from celery_batchtrack.vocabulary.states import BatchStatus, EndReason, Kind, Status
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, NewChild, Progress
+from celery_batchtrack.vocabulary.states import BatchStatus, EndReason, Status
 
-from . import codec, rows, signatures
+from . import codec, rows, signatures, starting
 from .extension import BatchTrack
+from .growing import Growth
 from .narrate import logger
-from .options import ValidOptions, validated
+from .options import ValidOptions, overridden, retried, validated
 from .progress import shown
 from .tracked_task import current_run
 
@@ -72,18 +71,19 @@ class Batch:
     def __init__(self, name: str = "", *, app: Any = None, **options: Any) -> None:
         if name:
             options["name"] = name
-        self._prepare(BatchTrack.of(app), uuid7(), validated(options, "batch"))
-        self._outer = options.get("parent_batch")
+        self._prepare(BatchTrack.of(app), uuid7(), validated(options, "batch"), options.get("parent_batch"))
 
-    def _prepare(self, extension: BatchTrack, batch_id: uuid.UUID, options: ValidOptions | None = None) -> None:
+    def _prepare(
+        self, extension: BatchTrack, batch_id: uuid.UUID, options: ValidOptions | None = None, outer: Any = None
+    ) -> None:
         self._extension, self._options = extension, options
         self.id: uuid.UUID = batch_id
         self._opened = self._broken = False
         self._buffer: list[NewChild] = []
         self._client: Any = None
         self._chord: dict[str, Any] = {}
-        self._more: Extension | None = None
-        self._outer: Any = None
+        self._more: Growth | None = None
+        self._outer = outer
         #: Ids of the children's results, where they were given here; empty on a handle from `get`.
         self.task_ids: list[str] = []
         #: Of a chord: the id by which its body's outcome is asked for.
@@ -169,10 +169,11 @@ class Batch:
         assert options is not None
         _keep_order(self._outer)
         new = rows.new_batch(
-            extension.app, extension.settings, options, self.id, captured(extension), opened_by=opener, **self._chord
-        )
+            extension.app, extension.settings, options, self.id, starting.captured(extension), opened_by=opener,
+            **self._chord,
+        )  # fmt: skip
         self.result_id = new.result_id
-        _insert(extension, new)
+        starting.insert(extension, new)
 
     def add(self, *children: Any, weight: int | None = None) -> None:
         """Add children (signatures of any shape). Raises BatchStateError outside the ``with`` block, or if the batch
@@ -247,7 +248,7 @@ class Batch:
             raise
         if not sealed:
             raise errors.BatchStateError(f"batch {self.id} could not start: it was {self.status} meanwhile")
-        _send(self._extension, self.id)
+        starting.send(self._extension, self.id)
 
     def _cancel_after(self, kind: type[BaseException]) -> None:
         if self._more is not None and not self._more.reopened:
@@ -410,7 +411,7 @@ class Batch:
 
         Errors: BatchStateError while the batch runs; InvalidOption.
         """
-        return rounds.retry(self._extension.tracker, self.id, _retried(only), _overrides(overrides))
+        return rounds.retry(self._extension.tracker, self.id, retried(only), overridden(overrides))
 
     def retry_callbacks(self) -> int:
         """Call those callbacks of the present round again that did not complete. Returns how many."""
@@ -433,7 +434,7 @@ class Batch:
             )
         batch = Batch._handle(self._extension, self.id)
         batch._options = validated({}, "batch")
-        batch._more = Extension(self._extension, current.run)
+        batch._more = Growth(self._extension, current.run)
         return batch
 
     def nested(self) -> list[Batch]:
@@ -448,91 +449,12 @@ def _keep_order(outer: Any) -> None:
         outer.flush()
 
 
-class Extension:
-    """Adds children to a batch from within one of its runs."""
-
-    def __init__(self, extension: BatchTrack, run: Run) -> None:
-        self._store, self._tracker = extension.store, extension.tracker
-        self._key, self._token = run.ticket.key, run.claimed.token
-        #: By a callback after the end: the batch is open again.
-        self.reopened = False
-        row = self._store.batch(self._key.batch_id)
-        self.options: dict[str, Any] = {} if row is None else row.options
-        #: It is called by a callback after the end.
-        self.reopens = run.claimed.kind != Kind.CHILD and row is not None and row.ended
-
-    def begin(self, opener: uuid.UUID | None) -> None:
-        if opener is None:
-            return
-        self.reopened = self._store.reopen(self._key, self._token, opener)
-        if not self.reopened:
-            self._refuse()
-
-    def add(self, block: Sequence[NewChild]) -> int | None:
-        if self.reopened:
-            return self._store.add(self._key.batch_id, block)
-        added = self._store.extend(self._key, self._token, block)
-        if added is None:
-            self._refuse()
-        dispatch.pump(self._tracker, self._key.batch_id)
-        return added
-
-    def seal(self) -> bool:
-        return self._store.seal(self._key.batch_id) if self.reopened else True
-
-    def _refuse(self) -> NoReturn:
-        raise errors.BatchStateError(
-            f"{self._key} is not the run that may extend its batch (any more): it was cancelled or taken for dead, "
-            "another callback opened the next round, or who waited for its batch has gone on"
-        )
-
-
-def _retried(only: str | Status | Sequence[str] | None) -> tuple[Status, ...]:
-    wanted = rounds.NOT_COMPLETED if only is None else (only,) if isinstance(only, str) else tuple(only)
-    for each in wanted:
-        if each not in rounds.NOT_COMPLETED:
-            raise errors.InvalidOption(
-                f"retry(only=…) takes {', '.join(rounds.NOT_COMPLETED)}, not {each!r}: only such children are retried"
-            )
-    return tuple(dict.fromkeys(Status(each) for each in wanted))
-
-
-def _overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    if overrides is None:
-        return {}
-    if not isinstance(overrides, Mapping):
-        raise errors.InvalidOption(f"overrides takes a mapping of options, not {overrides!r:.100}")
-    for name in overrides:
-        if name not in _OVERRIDES:
-            raise errors.InvalidOption(f"overrides knows no {name!r}{suggestion(str(name), list(_OVERRIDES))}")
-    queue, kwargs = overrides.get("queue"), overrides.get("kwargs", {})
-    if "queue" in overrides and not (isinstance(queue, str) and 0 < len(queue) <= 255):
-        raise errors.InvalidOption(f"overrides: queue must be a queue's name, not {queue!r:.100}")
-    if not isinstance(kwargs, Mapping):
-        raise errors.InvalidOption(f"overrides: kwargs must be a mapping, not {kwargs!r:.100}")
-    codec.dumps(dict(overrides))
-    return dict(overrides)
-
-
-_OVERRIDES = (
-    "queue", "kwargs", "priority", "time_limit", "soft_time_limit", "headers", "serializer", "compression",
-)  # fmt: skip
-
-
-def captured(extension: BatchTrack) -> dict[str, Any]:
-    """Headers of the creator's context, from the `capture=` hooks."""
-    headers: dict[str, Any] = {}
-    for hook in extension.capture:
-        headers.update(hook() or {})
-    return headers
-
-
 def start(
     extension: BatchTrack, options: ValidOptions, header: Iterable[Any], *, body: Any = None,
     root_id: str | None = None, parent_id: str | None = None,
 ) -> Batch:  # fmt: skip
     """Create a sealed batch from signatures, in one transaction, and send its children."""
-    headers = captured(extension)
+    headers = starting.captured(extension)
     children = [
         rows.new_child(extension.app, each, f"header element {at}", options.stored)
         for at, each in enumerate(header)
@@ -541,42 +463,9 @@ def start(
         extension.app, extension.settings, options, uuid7(), headers, body=body, root_id=root_id,
         parent_id=parent_id, children=len(children),
     )  # fmt: skip
-    _create(extension, new, children)
-    _send(extension, new.id)
+    starting.create(extension, new, children)
+    starting.send(extension, new.id)
     batch = Batch._handle(extension, new.id)
     batch.result_id = new.result_id
     batch.task_ids = [child.result_id or child.task_id for child in children]
     return batch
-
-
-def _create(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild]) -> None:
-    """Sealed, in one transaction. If only the commit's answer was lost, the batch is there."""
-    try:
-        _insert(extension, new, children, seal=True)
-    except errors.DatabaseUnavailable:
-        try:
-            there = extension.store.batch(new.id) is not None
-        except errors.DatabaseUnavailable:
-            there = False
-        if not there:
-            raise
-
-
-def _insert(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild] = (), *, seal: bool = False) -> None:
-    if new.parent_batch is None:
-        extension.store.create(new, children, seal=seal)
-        return
-    name = str(new.id)
-    waiting = NewChild(task="celery.group", task_id=name, signature='{"args": []}', weight=0, result_id=name)
-    if extension.store.create_nested(new, waiting, children, seal=seal) is None:
-        raise errors.BatchStateError(
-            f"parent_batch {new.parent_batch} has ended, or is not there: a batch is nested in one that still runs"
-        )
-
-
-def _send(extension: BatchTrack, batch_id: uuid.UUID) -> None:
-    """Send a sealed batch's children. The rows are there: what cannot be sent now, a sweep sends."""
-    try:
-        finish.started(extension.tracker, batch_id)
-    except errors.DatabaseUnavailable as error:
-        logger.warning("action=start_waits batch %s: %s (a sweep sends its children)", batch_id, error)

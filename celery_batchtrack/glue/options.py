@@ -11,10 +11,13 @@ from datetime import datetime, timedelta
 from typing import Any, TypedDict
 
 from celery_batchtrack import errors
+from celery_batchtrack.behaviour import rounds
 from celery_batchtrack.vocabulary.crash_policy import CrashPolicy
 from celery_batchtrack.vocabulary.policies import CrashRate, Tolerance
 from celery_batchtrack.vocabulary.settings import seconds, suggestion
-from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, Kind
+from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, Kind, Status
+
+from . import codec
 
 
 class BatchOptions(TypedDict, total=False):
@@ -235,3 +238,37 @@ def several(value: Any) -> list[Any]:
 def _storable(text: str) -> bool:
     """PostgreSQL's text holds neither NUL nor lone surrogates."""
     return "\0" not in text and text.encode("utf-8", "replace").decode() == text
+
+
+# -- another round ----------------------------------------------------------------------------------
+
+def retried(only: str | Status | Sequence[str] | None) -> tuple[Status, ...]:
+    wanted = rounds.NOT_COMPLETED if only is None else (only,) if isinstance(only, str) else tuple(only)
+    for each in wanted:
+        if each not in rounds.NOT_COMPLETED:
+            raise errors.InvalidOption(
+                f"retry(only=…) takes {', '.join(rounds.NOT_COMPLETED)}, not {each!r}: only such children are retried"
+            )
+    return tuple(dict.fromkeys(Status(each) for each in wanted))
+
+
+def overridden(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        raise errors.InvalidOption(f"overrides takes a mapping of options, not {overrides!r:.100}")
+    for name in overrides:
+        if name not in _OVERRIDES:
+            raise errors.InvalidOption(f"overrides knows no {name!r}{suggestion(str(name), list(_OVERRIDES))}")
+    queue, kwargs = overrides.get("queue"), overrides.get("kwargs", {})
+    if "queue" in overrides and not (isinstance(queue, str) and 0 < len(queue) <= 255):
+        raise errors.InvalidOption(f"overrides: queue must be a queue's name, not {queue!r:.100}")
+    if not isinstance(kwargs, Mapping):
+        raise errors.InvalidOption(f"overrides: kwargs must be a mapping, not {kwargs!r:.100}")
+    codec.dumps(dict(overrides))
+    return dict(overrides)
+
+
+_OVERRIDES = (
+    "queue", "kwargs", "priority", "time_limit", "soft_time_limit", "headers", "serializer", "compression",
+)  # fmt: skip

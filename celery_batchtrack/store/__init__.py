@@ -5,6 +5,7 @@ from __future__ import annotations
 from .breaker import Pausing
 from .children import ChildWrites, SlotTaken
 from .dispatching import Dispatching
+from .finding import Finding
 from .nesting import Nesting
 from .owners import Owning
 from .pruning import Pruning
@@ -18,7 +19,7 @@ from .workers import WorkerWrites
 
 class Store(
     Rounds, Nesting, Owning, ChildWrites, Splitting, Quarantining, Pausing, WorkerWrites, Dispatching, Queries,
-    Pruning, Verifying,
+    Finding, Pruning, Verifying,
 ):  # fmt: skip
     """Everything the tracking database is asked, by topic."""
 

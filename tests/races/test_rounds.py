@@ -184,12 +184,12 @@ def slow(postgres_url: str, rivals: Rivals) -> Iterator[Slow]:
     store.dispose()
 
 
-@pytest.mark.parametrize("what", ["a child", "the body"])
+@pytest.mark.parametrize("what", ["a child", "a child, and it ended anew", "the body"])
 def test_a_sweep_that_read_the_old_end_of_a_nested_batch_does_not_fail_who_waits_for_its_new_one(
     scene: Scene, rivals: Rivals, slow: Slow, play: Play, what: str
 ) -> None:
     """It read the end, then another one joined it, the parent ended and was retried, and only then it writes."""
-    if what == "a child":
+    if what != "the body":
         batch_id, fails = play.start(steps(group("fails", "works"))), "fails"
     else:
         batch_id, fails = play.start(steps(group("works", body="body"))), "body"
@@ -206,9 +206,13 @@ def test_a_sweep_that_read_the_old_end_of_a_nested_batch_does_not_fail_who_waits
     finish.join(play.tracker, nested)
     assert scene.status(batch_id) == "failed"
     assert rounds.retry(play.tracker, batch_id) == 1
+    if "anew" in what:
+        scene.complete(scene.run(nested, 0), "1")
+        assert scene.store.finish(nested) is not None
     slow.go.set()
     late.result()
     assert scene.statuses(batch_id) == ["pending"], "it waits for the new end"
+    play.sweep()
     play.work()
     assert scene.status(batch_id) == "completed" and add_up(scene, batch_id)
 

@@ -1,0 +1,55 @@
+"""A batch's beginning: its rows, and its first messages."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from celery_batchtrack import errors
+from celery_batchtrack.behaviour import finish
+from celery_batchtrack.vocabulary.records import NewBatch, NewChild
+
+from .extension import BatchTrack
+from .narrate import logger
+
+
+def captured(extension: BatchTrack) -> dict[str, Any]:
+    """Headers of the creator's context, from the `capture=` hooks."""
+    headers: dict[str, Any] = {}
+    for hook in extension.capture:
+        headers.update(hook() or {})
+    return headers
+
+
+def create(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild]) -> None:
+    """Sealed, in one transaction. If only the commit's answer was lost, the batch is there."""
+    try:
+        insert(extension, new, children, seal=True)
+    except errors.DatabaseUnavailable:
+        try:
+            there = extension.store.batch(new.id) is not None
+        except errors.DatabaseUnavailable:
+            there = False
+        if not there:
+            raise
+
+
+def insert(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild] = (), *, seal: bool = False) -> None:
+    if new.parent_batch is None:
+        extension.store.create(new, children, seal=seal)
+        return
+    name = str(new.id)
+    waiting = NewChild(task="celery.group", task_id=name, signature='{"args": []}', weight=0, result_id=name)
+    if extension.store.create_nested(new, waiting, children, seal=seal) is None:
+        raise errors.BatchStateError(
+            f"parent_batch {new.parent_batch} has ended, or is not there: a batch is nested in one that still runs"
+        )
+
+
+def send(extension: BatchTrack, batch_id: uuid.UUID) -> None:
+    """Send a sealed batch's children. The rows are there: what cannot be sent now, a sweep sends."""
+    try:
+        finish.started(extension.tracker, batch_id)
+    except errors.DatabaseUnavailable as error:
+        logger.warning("action=start_waits batch %s: %s (a sweep sends its children)", batch_id, error)
