@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .glue.current import current_batch, current_child
     from .glue.declare import tracked
     from .glue.embedded.cluster import LocalCluster
-    from .glue.extension import BatchTrack
     from .glue.inhand import each_item, note
+    from .glue.installed import BatchTrack
     from .glue.options import BatchOptions
     from .vocabulary.crash_policy import CrashPolicy
     from .vocabulary.policies import Tolerance
@@ -28,7 +28,7 @@ else:
     _HOMES = {
         "Batch": "glue.batch",
         "BatchOptions": "glue.options",
-        "BatchTrack": "glue.extension",
+        "BatchTrack": "glue.installed",
         "CrashPolicy": "vocabulary.crash_policy",
         "LocalCluster": "glue.embedded.cluster",
         "Tolerance": "vocabulary.policies",

@@ -434,7 +434,7 @@ class Batch:
             )
         batch = Batch._handle(self._extension, self.id)
         batch._options = validated({}, "batch")
-        batch._more = Growth(self._extension, current.run)
+        batch._more = Growth(self._extension.tracker, current.run)
         return batch
 
     def nested(self) -> list[Batch]:

@@ -23,7 +23,7 @@ from celery_batchtrack import errors
 
 from . import batch, canvas, options, rows, signatures
 from .chord_result import body_result, frozen_header, header_result
-from .extension import BatchTrack
+from .extension import INSTALLERS, BatchTrack
 from .narrate import logger
 
 #: Among a chord's ``kwargs``: the options of its batch. That it is there says whose chord it is.
@@ -116,12 +116,8 @@ def _link_error(signature: Any, errback: Any) -> Any:
     return errback
 
 
-def register() -> None:
-    """Let Celery make ours of what is serialised as ours."""
-    Signature.register_type(name="chord")(chord)
-
-
-register()
+# Celery makes ours of what is serialised as ours.
+Signature.register_type(name="chord")(chord)
 _apply_celerys, _run_celerys, _link_celerys = celery_chord.apply_async, celery_chord.apply, celery_chord.link_error
 _freeze_celerys = celery_chord.freeze
 
@@ -157,11 +153,16 @@ def _freeze(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _with_frozen_header(self, result) if _is_replaced(self, None) else result
 
 
-def replace_celerys() -> None:
+def _replace_celerys(extension: BatchTrack) -> None:
     """Route Celery's own chords through ours, in apps whose ``BatchTrack(app, replace_celery_chord=True)`` asks for
     it; each app decides for itself."""
+    if not extension.replace_celery_chord:
+        return
     celery_chord.apply_async, celery_chord.apply, celery_chord.link_error = _apply_async, _apply, _link
     celery_chord.freeze = _freeze
+
+
+INSTALLERS.append(_replace_celerys)
 
 
 def start(signature: Any, args: Any, kwargs: Any, given: Mapping[str, Any]) -> Any:

@@ -47,6 +47,9 @@ PRUNE_TASK = "celery_batchtrack.prune"
 DETECT_ENTRY = "batchtrack-detect-crashes"
 PRUNE_ENTRY = "batchtrack-prune"
 
+#: What else is to be done for each `BatchTrack(app)`, by modules that need this one.
+INSTALLERS: list[Callable[[BatchTrack], None]] = []
+
 Capture = Callable[[], Mapping[str, Any] | None]
 
 
@@ -124,12 +127,9 @@ class BatchTrack:
     # -- installing ------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        from . import chord  # which needs this module
-
         app = self.app
-        chord.register()
-        if self.replace_celery_chord:
-            chord.replace_celerys()
+        for install in INSTALLERS:
+            install(self)
         # "disabled" is what Celery takes where no result backend is configured.
         app.loader.override_backends["disabled"] = f"{TablesBackend.__module__}:{TablesBackend.__name__}"
         app.steps["worker"].add(worker.AttendanceStep)

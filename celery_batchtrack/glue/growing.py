@@ -9,17 +9,16 @@ from typing import Any, NoReturn
 from celery_batchtrack import errors
 from celery_batchtrack.behaviour import dispatch
 from celery_batchtrack.behaviour.run import Run
+from celery_batchtrack.behaviour.tracker import Tracker
 from celery_batchtrack.vocabulary.records import NewChild
 from celery_batchtrack.vocabulary.states import Kind
-
-from .extension import BatchTrack
 
 
 class Growth:
     """Fenced by the run token: a run that has lost its row adds nothing."""
 
-    def __init__(self, extension: BatchTrack, run: Run) -> None:
-        self._store, self._tracker = extension.store, extension.tracker
+    def __init__(self, tracker: Tracker, run: Run) -> None:
+        self._store, self._tracker = tracker.store, tracker
         self._key, self._token = run.ticket.key, run.claimed.token
         #: By a callback after the end: the batch is open again.
         self.reopened = False

@@ -42,8 +42,9 @@ from celery_batchtrack.vocabulary.ids import HEADER, Ticket
 from celery_batchtrack.vocabulary.records import Ending, Refused, Release
 from celery_batchtrack.vocabulary.states import Cause, Status
 
-from . import codec, declare, signatures
+from . import codec, declare, rows, signatures
 from .backend import error_json
+from .growing import Growth
 
 #: Seconds until a child of another database's batch is offered again.
 _WRONG_STORE_DELAY = 10
@@ -154,17 +155,14 @@ class TrackedTask:
         """In a child: one more child of its batch. With `lazy`, only when ``delay()`` of what is returned is called."""
         if not _is_child(self):
             return super().add_to_chord(sig, lazy=lazy)  # type: ignore[misc]
-        from .batch import Batch
-
-        run = current_run()
-        assert run is not None
-        batch = Batch._handle(self.app.batchtrack, run.run.ticket.key.batch_id)
+        current = current_run()
+        assert current is not None
+        growth = Growth(self.app.batchtrack.tracker, current.run)
         made = sig.clone()
 
         def add(*args: Any, **kwargs: Any) -> Any:
             result = made.freeze()
-            with batch.extend() as more:
-                more.add(made)
+            growth.add([rows.new_child(self.app, made, "what add_to_chord() adds", growth.options)])
             return result
 
         if not lazy:

@@ -19,7 +19,7 @@ from celery.canvas import StampingVisitor
 from celery.canvas import chord as celery_chord
 from celery.exceptions import ChordError, ImproperlyConfigured
 from celery.exceptions import TimeoutError as CeleryTimeout
-from celery.result import AsyncResult, GroupResult
+from celery.result import AsyncResult, GroupResult, result_from_tuple
 
 from celery_batchtrack import chord
 from tests.acceptance.apps.canvas import (
@@ -41,6 +41,8 @@ from tests.servers import PostgresServer, RedisServer
 APP = "tests.acceptance.apps.canvas"
 #: Generous: the machine may be busy.
 LONG = 90.0
+#: For what follows at once on something that was waited for.
+SOON = 20.0
 #: No message waits for long in a broker that asks rarely.
 QUICK_REDIS = {"broker_transport_options": {"polling_interval": 0.05}}
 
@@ -70,7 +72,7 @@ class Stage:
         """Until these lines were written there, and, at the end of all, no other ones."""
         wanted = sorted(str(line) for line in lines)
         eventually(
-            lambda: len(self.lines(place)) >= len(wanted) or None, LONG, what=f"{len(wanted)} lines in {place}"
+            lambda: len(self.lines(place)) >= len(wanted) or None, SOON, what=f"{len(wanted)} lines in {place}"
         )
         assert sorted(self.lines(place)) == wanted
         self._called[place] = wanted
@@ -295,6 +297,39 @@ def test_the_results_of_a_body_that_is_a_chain_lead_to_the_header(stage: Stage) 
     assert [each.get(timeout=LONG) for each in header.results] == [3]
 
 
+def test_a_result_is_found_by_its_id_and_by_its_tuple(stage: Stage) -> None:
+    app = stage.scene.app
+    result = stage.chord([stage.t.add.s(1, 2)], stage.t.identity.s())()
+    assert app.AsyncResult(result.id).get(timeout=LONG) == [3]
+    assert result_from_tuple(result.as_tuple(), app=app).get(timeout=LONG) == [3]
+    failed = stage.chord([stage.t.fail.s()], stage.t.identity.s())()
+    with pytest.raises((Expected, ChordError)):
+        app.AsyncResult(failed.id).get(timeout=LONG)
+
+
+def test_a_result_that_was_frozen_before_is_the_bodys(stage: Stage) -> None:
+    made = stage.chord([stage.t.add.s(1, 2)], stage.t.identity.s())
+    frozen = made.freeze()
+    assert made.delay().id == frozen.id
+    assert frozen.get(timeout=LONG) == [3]
+
+
+def test_header_results_of_a_frozen_chain_are_in_the_result_backend_where_that_is_wanted(stage: Stage) -> None:
+    if not stage.has_backend:
+        pytest.skip("there is no result backend")
+    t = stage.t
+    made = chord([t.add.s(1), t.add.s(2)], t.total.s(), batch={"results": "backend"})
+    result = (t.identity.si(1) | made)()
+    assert result.get(timeout=LONG) == 5
+    assert [each.get(timeout=LONG) for each in result.parent.results] == [2, 3]
+
+
+def test_the_body_gets_results_that_celery_is_told_to_ignore(stage: Stage) -> None:
+    t = stage.t
+    header = [t.add.s(1, 2).set(ignore_result=True), t.identity.s(1)]
+    assert stage.chord(header, t.identity.s())().get(timeout=LONG) == [3, 1]
+
+
 def test_who_waits_too_briefly_gets_celerys_timeout_error(stage: Stage) -> None:
     place = stage.place()
     result = stage.chord([stage.t.wait.s(place)], stage.t.identity.s())()
@@ -510,6 +545,41 @@ def test_a_header_tasks_own_errback_is_called_with_its_id(stage: Stage, style: s
     stage.called(bodys, body_id)
 
 
+CHAINS: dict[str, Around] = {
+    "the header": lambda t, chord, fails: (
+        t.identity.si(1) | chord([t.identity.s(), fails], t.identity.s()) | t.identity.s()
+    ),
+    "the header, last in the chain": lambda t, chord, fails: (
+        t.identity.si(1) | chord([t.identity.s(), fails], t.identity.s())
+    ),
+    "the body": lambda t, chord, fails: t.identity.si(1) | chord([t.identity.s()], fails) | t.identity.s(),
+    "what follows": lambda t, chord, fails: t.identity.si(1) | chord([t.identity.s()], t.identity.s()) | fails,
+    "the header of the first of two": lambda t, chord, fails: chain(
+        chord([fails], t.identity.s()), chord([t.identity.s(), t.identity.s()], t.identity.s())
+    ),
+    "the header of the second of two": lambda t, chord, fails: chain(
+        chord([t.identity.si(1)], t.identity.s()), chord([t.identity.s(), fails], t.identity.s())
+    ),
+}
+
+
+@around(CHAINS)
+def test_an_errback_of_a_chain_is_called_once_when_something_of_a_chord_within_fails(
+    stage: Stage, around: Around
+) -> None:
+    place = stage.place()
+    made = around(stage.t, stage.chord, stage.t.fail.s()).on_error(stage.t.note.si("called", place))
+    raises(made.delay())
+    stage.called(place, '"called"')
+
+
+def test_an_errback_given_at_the_call_is_called_for_the_task_of_a_body_group_that_fails(stage: Stage) -> None:
+    t, place = stage.t, stage.place()
+    made = stage.chord([t.identity.si(1)], group(t.fail.s(), t.identity.s()))
+    raises(made.apply_async(link_error=t.note.si("called", place)))
+    stage.called(place, '"called"')
+
+
 @contextlib.contextmanager
 def errbacks_on_headers(stage: Stage) -> Iterator[None]:
     conf = stage.scene.app.conf
@@ -564,6 +634,38 @@ def test_header_tasks_and_links_call_their_own_callbacks(stage: Stage) -> None:
         each.link(t.note.s(place))
     assert stage.chord([first, t.add.s(3, 4) | link], body)().get(timeout=LONG) == 20
     stage.called(place, 3, 17, 20)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (lambda t: t.total.s() | t.add.s(1), 4),
+        (lambda t: t.total.s() | t.becomes_add.s(1), 4),
+        (lambda t: t.becomes_chain.s(), [3]),
+        (lambda t: celery_chord([t.total.s()], t.identity.s()), [3]),
+    ],
+    ids=["chain", "chain, replaced", "replaced", "chord"],
+)
+def test_a_chords_callback_is_that_of_the_end_of_its_body(
+    stage: Stage, body: Callable[[Any], Any], expected: Any
+) -> None:
+    place, made_body = stage.place(), body(stage.t)
+    if isinstance(made_body, celery_chord):
+        made_body = stage.chord(made_body.tasks, made_body.body)
+    made = stage.chord([stage.t.add.s(1, 2)], made_body)
+    made.link(stage.t.note.s(place))
+    assert made().get(timeout=LONG) == expected
+    stage.called(place, json.dumps(expected))
+
+
+def test_callbacks_of_a_chain_and_of_a_chord_in_a_header(stage: Stage) -> None:
+    t, chains, chords = stage.t, stage.place(), stage.place()
+    in_chain, in_chord = t.identity.si(1) | t.add.s(1), stage.chord([t.identity.si(1)], t.total.s())
+    in_chain.link(t.note.s(chains))
+    in_chord.link(t.note.s(chords))
+    assert stage.chord([in_chain, in_chord], t.identity.s())().get(timeout=LONG) == [2, 1]
+    stage.called(chains, 2)
+    stage.called(chords, 1)
 
 
 def test_callbacks_of_a_replaced_task_are_called_with_the_replacements_result(stage: Stage) -> None:
