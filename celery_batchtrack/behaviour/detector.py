@@ -398,6 +398,9 @@ class Sweeper:
             done.expired += 1
         for batch_id in tracker.store.unfinished():
             done.finished += finish.look(tracker, batch_id) is not None
+        finish.keep_step(tracker)
+        finish.bury(tracker)
+        tracker.store.drop_stale_callbacks()
         for batch_id in tracker.store.joinable():
             finish.join(tracker, batch_id)
         for batch_id in tracker.store.watched_for_progress():

@@ -75,12 +75,13 @@ def redispatch(tracker: Tracker, *, worker_lost: bool = False) -> int:
     keys: list[ChildKey] = []
     lost: set[ChildKey] = set()
     for where in tracker.store.overdue_queues(after):
-        empty = tracker.publisher.queue_length(*where) == 0
+        canvas = where[1] in CANVAS  # never a message: who took it died before it was a batch
+        empty = canvas or tracker.publisher.queue_length(*where) == 0
         due_after = after if empty else tracker.settings.redispatch_wait
         for waited, dispatches, key in tracker.store.overdue(where, due_after):
             if (worker_lost and empty) or waited >= _patience(tracker, dispatches, empty=empty):
                 keys.append(key)
-                if empty:
+                if empty and not canvas:
                     lost.add(key)
     taken = tracker.store.take_again(keys, after, lost)
     failures, count, withheld = _send(tracker, taken)
@@ -130,12 +131,13 @@ def _start_nested(tracker: Tracker, taken: Sequence[Outgoing]) -> list[NotSent]:
     for out in taken:
         try:
             new, children = tracker.canvas.expand(out.child, out.batch, _prefix(tracker, out))
+            made = tracker.store.nest(out.child, new, children)
         except (errors.BatchTrackError, *ending.UNREADABLE) as error:
             if isinstance(error, errors.DatabaseUnavailable):
                 raise
             failures.append(NotSent(_unmade(tracker, out), f"{type(error).__name__}: {error}", final=True))
             continue
-        if tracker.store.nest(out.child, new, children):
+        if made:
             failpoints.reach("nest.committed")
             ended = ending.conclude(tracker, new.id)  # it may have no children
             for batch_id in (new.id,) if ended is None else ended.due:

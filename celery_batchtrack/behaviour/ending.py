@@ -62,8 +62,9 @@ def tell_backend(tracker: Tracker, batch_id: uuid.UUID) -> None:
         tracker.backend.tell(batch, why)
     except Exception as error:  # noqa: BLE001 (a backend may raise anything)
         tracker.emit(events.BackendAway(batch_id, f"{type(error).__name__}: {error}"))
+        tracker.store.told(batch_id, batch.round, done=False)
         return
-    tracker.store.told(batch_id)
+    tracker.store.told(batch_id, batch.round)
 
 
 def body_settled(tracker: Tracker, key: ChildKey) -> list[uuid.UUID]:

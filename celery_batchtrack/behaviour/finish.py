@@ -5,10 +5,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 
+from celery_batchtrack.store import WITH_PARENT
 from celery_batchtrack.vocabulary import events
+from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.records import Finished, Settled
-from celery_batchtrack.vocabulary.states import EndReason
+from celery_batchtrack.vocabulary.states import Cause, EndReason, Status
 
 from . import dispatch, ending
 from .tracker import Tracker
@@ -65,8 +67,9 @@ def pause(tracker: Tracker, batch_id: uuid.UUID, reason: str = "by hand") -> boo
     done = tracker.store.pause(batch_id, reason)
     if done:
         tracker.emit(events.BatchPaused(batch_id, reason, by_hand=True))
-        for nested in tracker.store.nested_alive(batch_id):
-            pause(tracker, nested, f"with batch {batch_id}")
+        for nested, alive in tracker.store.nested_in(batch_id):
+            if alive:
+                pause(tracker, nested, f"{WITH_PARENT}{batch_id}")
     return done
 
 
@@ -75,8 +78,9 @@ def resume(tracker: Tracker, batch_id: uuid.UUID) -> bool:
     done = tracker.store.resume(batch_id)
     if done:
         tracker.emit(events.BatchResumed(batch_id))
-        for nested in tracker.store.nested_alive(batch_id):
-            resume(tracker, nested)
+        for nested, alive in tracker.store.nested_in(batch_id):
+            if alive:
+                resume(tracker, nested)
         dispatch.pump(tracker, batch_id)
     return done
 
@@ -89,9 +93,31 @@ def cancel(
     finished = tracker.store.cancel(batch_id, reason, terminate=terminate)
     if finished is None:
         return None
-    for nested in tracker.store.nested_alive(batch_id):
-        cancel(tracker, nested, EndReason.PARENT, terminate=terminate)
+    _cancel_nested(tracker, batch_id, terminate=terminate)
     _publish(tracker, ending.tell(tracker, finished).due)
     if terminate and finished.cancelled_runs:
         tracker.publisher.terminate([run.task_id for run in finished.cancelled_runs])
     return finished
+
+
+def _cancel_nested(tracker: Tracker, batch_id: uuid.UUID, *, terminate: bool) -> None:
+    for nested, alive in tracker.store.nested_in(batch_id):
+        if not alive or cancel(tracker, nested, EndReason.PARENT, terminate=terminate) is None:
+            _cancel_nested(tracker, nested, terminate=terminate)  # it has ended, but what its body waits for has not
+
+
+def keep_step(tracker: Tracker) -> None:
+    """Pause and resume nested batches with their parents, where who began it died before it came to them, and where a
+    breaker paused the parent."""
+    for nested, parent, paused in tracker.store.out_of_step():
+        if paused:
+            pause(tracker, nested, f"{WITH_PARENT}{parent}")
+        else:
+            resume(tracker, nested)
+
+
+def bury(tracker: Tracker) -> None:
+    """End the children whose nested batch somebody has deleted."""
+    for row in tracker.store.bereft():
+        evidence = Evidence(Cause.NESTED, phase="before_claim", message=f"nested batch {row.waits_on_batch} is gone")
+        after(tracker, row.key, tracker.store.settle_unstarted(row.key, row.attempt, Status.FAILED, evidence))

@@ -11,7 +11,7 @@ from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.records import BatchRow, Retried
 from celery_batchtrack.vocabulary.states import Status
 
-from . import dispatch, finish
+from . import finish
 from .tracker import Tracker
 
 #: What may be retried.
@@ -56,9 +56,15 @@ def retry(
 
 def _run(tracker: Tracker, retried: Retried) -> int:
     tracker.emit(events.BatchRetried(retried.batch_id, retried.round, retried.children))
+    _start(tracker, retried)
+    return retried.children
+
+
+def _start(tracker: Tracker, retried: Retried) -> None:
     for batch_id in retried.batches:
         finish.started(tracker, batch_id)
-    return retried.children
+        if batch_id != retried.batch_id:
+            finish.join(tracker, batch_id)  # it may have been over, and nobody had gone on with it
 
 
 def _changed(signature: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,6 +78,7 @@ def _changed(signature: dict[str, Any], overrides: Mapping[str, Any]) -> dict[st
 def retry_callbacks(tracker: Tracker, batch_id: uuid.UUID) -> int:
     """Call those callbacks of the present round again that did not complete. Returns how many."""
     done = tracker.store.retry_callbacks(batch_id, NOT_COMPLETED)
-    if done:
-        dispatch.pump(tracker, batch_id)
-    return done
+    if done is None or not done.children:
+        return 0
+    _start(tracker, done)
+    return done.children

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from celery import states
@@ -100,9 +101,9 @@ class TablesBackend(DisabledBackend):  # type: ignore[misc]
         extension = getattr(self.app, "batchtrack", None)
         found = None if extension is None else self._found(extension.store, str(task_id))
         if isinstance(found, ChildRow):
-            return _meta(task_id, *_outcome(self.app, extension, found))
+            return _meta(task_id, *_outcome(self.app, extension, found), found.finished_at)
         if isinstance(found, BatchRow):
-            return _meta(task_id, *_without_body(self.app, extension, found))
+            return _meta(task_id, *_without_body(self.app, extension, found), found.finished_at)
         if task_id not in self.known and not self._chords_started:
             self._is_disabled()
         return _meta(task_id, states.PENDING, None)
@@ -140,8 +141,17 @@ class TablesBackend(DisabledBackend):  # type: ignore[misc]
         """Nothing to forget: rows stay until their batch is pruned."""
 
 
-def _meta(task_id: str, status: str, result: Any, traceback: str | None = None) -> dict[str, Any]:
-    return {"status": status, "result": result, "traceback": traceback, "children": [], "task_id": task_id}
+def note_chord(app: Any) -> None:
+    """A chord is started here: its ids may be asked for before anything of it is known."""
+    if isinstance(app.backend, TablesBackend):
+        app.backend.ensure_chords_allowed()
+
+
+def _meta(task_id: str, status: str, result: Any, date_done: datetime | None = None) -> dict[str, Any]:
+    return {
+        "status": status, "result": result, "traceback": None, "children": [], "task_id": task_id,
+        "date_done": date_done,
+    }  # fmt: skip
 
 
 _STATES = {

@@ -5,6 +5,7 @@ A child runs its links one after the other; a link that is a group or a chord be
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,14 +45,27 @@ def _links_of_chain(app: Any, chain: Any, role: str) -> list[Signature]:
     link, link_error, last_id = (options.pop(name, None) for name in ("link", "link_error", "task_id"))
     for name in signatures.CHORD_OPTIONS:
         options.pop(name, None)
+    chain._use_link = False  # task_protocol = 1 would have each link send the next one
     prepared, _ = chain.prepare_steps(
         chain.args, {}, chain.tasks, None, None, link_error, app, last_task_id=last_id
     )
     links = [_alone(each) for each in reversed(prepared)]
+    for each, after in itertools.pairwise(links):
+        _unlink(each, result_id(after) if isinstance(after, celery_chord) else after.options.get("task_id"))
     for callback in maybe_list(link) or []:
         links[-1].link(callback)
     links[0].options.update(options)
     return links
+
+
+def _unlink(signature: Any, task_id: str | None) -> None:
+    """Drop the callback that an earlier freezing, under ``task_protocol = 1``, made of the next link."""
+    while isinstance(signature, celery_chord):
+        signature = signature.body
+    callbacks = maybe_list((signature.get("options") or {}).get("link")) or []
+    kept = [each for each in callbacks if result_id(each) != task_id]
+    if task_id is not None and len(kept) < len(callbacks):
+        signature["options"]["link"] = kept
 
 
 def _alone(signature: Signature) -> Signature:
@@ -157,13 +171,15 @@ def result_ids(value: Any) -> list[str]:
     return [] if found is None else [found]
 
 
-def errbacks_of(value: Any) -> list[Any]:
-    """Errbacks that are called when what comes before a body keeps it from running."""
+def errbacks_of(value: Any) -> list[tuple[Any, str]]:
+    """Errbacks of a frozen body that are called when what comes before keeps it from running, each with the id of whose
+    failure it is told: the body's, or of a group, each task's own."""
     if value is None:
         return []
-    found = list(maybe_list((value.get("options") or {}).get("link_error")) or [])
+    known = result_id(value) or ""
+    found = [(errback, known) for errback in maybe_list((value.get("options") or {}).get("link_error")) or []]
     if _is(value, "chord"):
         found += errbacks_of(value["kwargs"].get("body"))
     if _is(value, "group"):
-        found += [errback for each in value["kwargs"]["tasks"] or () for errback in errbacks_of(each)]
+        found += [pair for each in value["kwargs"]["tasks"] or () for pair in errbacks_of(each)]
     return found

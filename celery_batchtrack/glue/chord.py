@@ -22,6 +22,7 @@ from kombu.utils.uuid import uuid as new_task_id
 from celery_batchtrack import errors
 
 from . import batch, canvas, options, rows, signatures
+from .backend import note_chord
 from .chord_result import body_result, frozen_header, header_result
 from .extension import INSTALLERS, BatchTrack
 from .narrate import logger
@@ -187,13 +188,14 @@ def _started(signature: Any, args: Any, kwargs: dict[str, Any], given: Mapping[s
     common = {**(signature.options or {}), **{name: each for name, each in given.items() if each is not None}}
     args = tuple(args or ())
     args = (*args, *signature.args) if args and not signature.immutable else tuple(signature.args or ())
-    body, result = rows.frozen_body(app, body, common, given.get("task_id") or new_task_id())
-    plain = options.validated(dict(signature.kwargs.get(KEY) or {}), _name(body))
+    note_chord(app)
+    frozen = rows.frozen_body(app, body, common, given.get("task_id") or new_task_id())
+    plain = options.validated(dict(signature.kwargs.get(KEY) or {}), _name(frozen.signature))
     header_kwargs = {**(signature.kwargs.get("kwargs") or {}), **kwargs}
     header = _Header(extension, signature.tasks, args, header_kwargs, common)
-    made = _streamed(header, plain, body) if header.lazy else _whole(header, plain, body)
+    made = _streamed(header, plain, frozen) if header.lazy else _whole(header, plain, frozen)
     group_id = _group_id(signature) or str(made.id)
-    return body_result(result, made, header_result(made, group_id, made.task_ids, app), app)
+    return body_result(frozen.result, made, header_result(made, group_id, made.task_ids, app), app)
 
 
 def _as_celerys(signature: Any, args: Any, kwargs: dict[str, Any], given: Mapping[str, Any]) -> Any:
@@ -240,14 +242,14 @@ class _Header:
             yield canvas.given(each, self.args, self.kwargs, self.options)
 
 
-def _whole(header: _Header, plain: options.ValidOptions, body: Any) -> batch.Batch:
+def _whole(header: _Header, plain: options.ValidOptions, body: rows.Body) -> batch.Batch:
     """All rows in one transaction: no client, no pulse."""
     return batch.start(
         header.extension, plain, header.elements(), body=body, root_id=header.root_id, parent_id=header.parent_id
     )
 
 
-def _streamed(header: _Header, plain: options.ValidOptions, body: Any) -> batch.Batch:
+def _streamed(header: _Header, plain: options.ValidOptions, body: rows.Body) -> batch.Batch:
     """Children start while the header is still being read, as with Celery's chord."""
     opened = batch.Batch._of(header.extension, plain, body=body, root_id=header.root_id, parent_id=header.parent_id)
     with opened:
@@ -272,10 +274,8 @@ def _checked(header: Any, app: Any) -> Any:
         return _refused(header)
     if isinstance(header, _regen):
         return header
-    listed = header if isinstance(header, (list, tuple)) else list(header)
-    for at, each in enumerate(listed):
-        signatures.signature_of(app, each, f"header element {at}")
-    return listed
+    # Built once, here: a chord within a chord within … would be built twice at each depth.
+    return [signatures.signature_of(app, each, f"header element {at}") for at, each in enumerate(header)]
 
 
 def _refused(header: Any) -> Any:

@@ -67,6 +67,7 @@ class _FromTables:
         if disable_sync_subtasks:
             assert_will_not_block()
         meta = self._wait_for_body(timeout, interval)
+        self._tell_who_waits()
         if meta["status"] in states.PROPAGATE_STATES and propagate:
             raise meta["result"]
         if callback is not None:
@@ -74,6 +75,9 @@ class _FromTables:
         return meta["result"]
 
     wait = get  # Celery's deprecated alias
+
+    def _tell_who_waits(self) -> None:
+        """Callbacks given by `then()`."""
 
     @property
     def state(self) -> str:
@@ -103,6 +107,9 @@ class ChordResult(_FromTables, AsyncResult):  # type: ignore[misc]
     def _get_task_meta(self) -> dict[str, Any]:
         """What Celery's own properties (`result`, `info`, …) read."""
         return self._body_meta()
+
+    def _tell_who_waits(self) -> None:
+        self.on_ready(self)
 
     status = _FromTables.state
 
@@ -152,11 +159,7 @@ def header_result(batch: Batch, group_id: str, ids: list[str], app: Any) -> Grou
 
 
 def body_result(frozen: Any, batch: Batch, header: GroupResult, app: Any) -> Any:
-    """A frozen body's result with the header's as its parent, however long the chain between them is."""
-    last = frozen
-    while last.parent is not None and not isinstance(last.parent, GroupResult):
-        last = last.parent
-    last.parent = header
+    """A frozen body's result with the header's as its parent, as Celery's chord returns it."""
     if isinstance(frozen, GroupResult):
-        return ChordGroupResult(frozen.id, frozen.results, batch, app=app, parent=frozen.parent)
-    return ChordResult(frozen.id, batch, app=app, parent=frozen.parent)
+        return ChordGroupResult(frozen.id, frozen.results, batch, app=app, parent=header)
+    return ChordResult(frozen.id, batch, app=app, parent=header)

@@ -7,6 +7,7 @@ come from the row and its batch, never from the task that happens to run here.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from celery_batchtrack.vocabulary.ids import HEADER
 
 from . import codec, signatures
 from .narrate import logger
+from .tracked_task import current_run
 
 
 @contextlib.contextmanager
@@ -149,14 +151,39 @@ def _say(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _stamps(options: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the options by which a signature is stamped."""
+    return ("stamped_headers", *(options.get("stamped_headers") or ()))
+
+
 class EagerPublisher:
-    """Runs children inline, as `task_always_eager` asks for."""
+    """Runs children inline, as `task_always_eager` asks for.
+
+    What a child's end makes due waits until that child is over, so that a chain of a thousand links does not nest a
+    thousand calls; what a task starts while it runs, it may wait for, so that runs at once.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
+        self._local = threading.local()
 
     def publish(self, messages: Sequence[Message]) -> list[NotSent]:
-        return [failed for message in messages if (failed := self._run(message)) is not None]
+        waiting: list[deque[Message]] = self._local.__dict__.setdefault("waiting", [])
+        current = current_run()
+        if waiting and (current is None or current.ended):
+            waiting[-1].extend(messages)
+            return []
+        mine = deque(messages)
+        waiting.append(mine)
+        failed = []
+        try:
+            while mine:
+                unsent = self._run(mine.popleft())
+                if unsent is not None:
+                    failed.append(unsent)
+        finally:
+            waiting.pop()
+        return failed
 
     def _run(self, message: Message) -> NotSent | None:
         task = self.app.tasks.get(message.row.task)
@@ -168,8 +195,9 @@ class EagerPublisher:
             args, kwargs = codec.loads(codec.dumps([args, kwargs]))  # what a broker would do to them
         except (TypeError, ValueError, LookupError) as error:
             return NotSent(message, _say(error), final=True)
+        kept = {key: options[key] for key in (*wanted, *_stamps(options)) if key in options}
         with _nobodys_context():
-            task.apply(args, kwargs, throw=False, **{key: options[key] for key in wanted if key in options})
+            task.apply(args, kwargs, throw=False, **kept)
         return None
 
     def queue_length(self, queue: str | None, task: str) -> int | None:

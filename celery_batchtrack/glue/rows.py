@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -147,14 +147,14 @@ def step(
 
 def new_batch(
     app: Any, settings: Settings, valid: ValidOptions, batch_id: uuid.UUID, headers: Mapping[str, Any] | str | None,
-    *, opened_by: uuid.UUID | None = None, body: Signature | None = None, root_id: str | None = None,
+    *, opened_by: uuid.UUID | None = None, body: Body | None = None, root_id: str | None = None,
     parent_id: str | None = None, parent_batch: uuid.UUID | None = None, parent_position: int | None = None,
     children: int | None = None, own: Mapping[str, Any] | None = None,
 ) -> NewBatch:  # fmt: skip
     """The row of a new batch, with its parent and callbacks.
 
     Arguments:
-        body: of a chord, frozen; its errbacks are called where the header keeps it from running.
+        body: of a chord; its errbacks are called where the header keeps it from running.
         own: options that the package itself sets.
         children: how many there are, where that is known.
     """
@@ -168,14 +168,15 @@ def new_batch(
     ]
     stored, result_id = {**valid.stored, **(own or {})}, None
     if body is not None:
-        entry = callback_entry(app, body, Kind.ON_SUCCESS)
-        result_id = str(canvas.result_id(body) or entry.get("result_id") or entry["task_id"])
+        entry = callback_entry(app, body.signature, Kind.ON_SUCCESS)
+        result_id = str(canvas.result_id(body.signature) or entry.get("result_id") or entry["task_id"])
         callbacks[Kind.ON_SUCCESS.value] = [{**entry, "result_id": result_id}]
         callbacks[Kind.ON_FAILURE.value] += [
-            callback_entry(app, each, Kind.ON_FAILURE, errback_of=result_id) for each in canvas.errbacks_of(body)
+            callback_entry(app, errback, Kind.ON_FAILURE, errback_of=whose or result_id)
+            for errback, whose in body.errbacks
         ]
         if not isinstance(app.backend, DisabledBackend):
-            stored["tell"] = canvas.result_ids(body)
+            stored["tell"] = canvas.result_ids(body.signature)
     running = current_task.request if current_task and not current_task.request.called_directly else None
     parent = running if parent_id is None and parent_batch is None else None
     return NewBatch(
@@ -231,9 +232,17 @@ NOT_FOR_HEADER = (
 )  # fmt: skip
 
 
-def frozen_body(app: Any, body: Any, common: Mapping[str, Any], result_id: str | None = None) -> tuple[Any, Any]:
-    """A chord's body as it will run, with the chord's own options, callbacks and what is chained behind it; and the
-    result that freezing it gives."""
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A chord's body as it will run, the result that freezing it gave, and (errback, id) for a header that fails."""
+
+    signature: Any
+    result: Any
+    errbacks: list[tuple[Any, str]]
+
+
+def frozen_body(app: Any, body: Any, common: Mapping[str, Any], result_id: str | None = None) -> Body:
+    """The body with the chord's own options, callbacks and what is chained behind it."""
     taken = {name: each for name, each in common.items() if name not in ("parent_id", "countdown", "eta")}
     chain, link, link_error = taken.pop("chain", None), taken.pop("link", None), taken.pop("link_error", None)
     for name in (*signatures.NOT_KEPT, "task_id", *(() if taken.get("chord") else signatures.CHORD_OPTIONS)):
@@ -241,9 +250,12 @@ def frozen_body(app: Any, body: Any, common: Mapping[str, Any], result_id: str |
     body = _with_callbacks(maybe_signature(body, app=app).clone(), link, link_error)
     joints = {name: taken.pop(name) for name in signatures.CHORD_OPTIONS if name in taken}
     body.options.update(taken)
+    body._use_link = False  # of a chain, as in `canvas.links_of`
+    body.freeze(None if chain else result_id)
+    errbacks = canvas.errbacks_of(body)  # of the body alone: what is chained behind it has others
     for each in reversed(chain or ()):  # the worker's order is the last one first
         body |= maybe_signature(each, app=app)
-    return body, body.freeze(result_id, **joints)
+    return Body(body, body.freeze(result_id, **joints), errbacks)
 
 
 def _with_callbacks(body: Any, link: Any, link_error: Any) -> Any:
@@ -273,18 +285,20 @@ class AppCanvas:
         children, valid = chord_rows(self.app, signature, args, {})
         body = None
         if not isinstance(signature, group):
-            body, _ = frozen_body(self.app, signature["kwargs"]["body"], signature.options)
+            body = frozen_body(self.app, signature["kwargs"]["body"], signature.options)
         of_body = row.kind != Kind.CHILD and body is None
         own: dict[str, Any] = {"canvas": True}
         if of_body:  # who waits for the tasks of a group that is a body, waits in Celery's result backend
             own["results"] = "backend"
+            children = [replace(each, result_id=each.result_id or each.task_id) for each in children]
         elif batch.options.get("results") == "none" and body is None:
             own["results"] = "none"
         if batch.options.get("on_crash") and "on_crash" not in valid.stored:
             own["on_crash"] = batch.options["on_crash"]
         new = new_batch(
-            self.app, self.settings, valid, uuid7(), batch.headers, body=body, root_id=batch.root_id,
-            parent_id=kept.get("parent_id") or batch.parent_task_id, parent_batch=row.batch_id,
+            self.app, self.settings, valid, uuid7(), batch.headers, body=body,
+            root_id=signature.options.get("root_id") or batch.root_id,
+            parent_id=signature.options.get("parent_id") or batch.parent_task_id, parent_batch=row.batch_id,
             parent_position=row.position, children=len(children), own=own,
         )  # fmt: skip
         return new, children

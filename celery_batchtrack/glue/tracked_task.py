@@ -73,6 +73,8 @@ class CurrentRun:
     policy: RowPolicy
     #: The items, as they were sent: the task may sort its list.
     declared: tuple[Any, ...] | None = None
+    #: The user's function is over; what it came to is being written.
+    ended: bool = False
     #: It is within `each_item`.
     walking: bool = False
     #: Where it was left with an item in hand, innermost first: see `Place`.
@@ -225,7 +227,10 @@ def _tracked(task: Any, parent: Any, ticket: Ticket, args: Any, kwargs: Any) -> 
     runs.append(current)
     try:
         try:
-            result = _call_through(parent, task, *_bound(task, ticket, args, kwargs))
+            try:
+                result = _call_through(parent, task, *_bound(task, ticket, args, kwargs))
+            finally:
+                current.ended = True
             if ticket.more:
                 codec.dumps(result)  # it must be JSON to be an argument of the next
                 if runner.advance(run, result):

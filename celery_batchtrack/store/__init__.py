@@ -6,7 +6,7 @@ from .breaker import Pausing
 from .children import ChildWrites, SlotTaken
 from .dispatching import Dispatching
 from .finding import Finding
-from .nesting import Nesting
+from .nesting import WITH_PARENT, Nesting
 from .owners import Owning
 from .pruning import Pruning
 from .quarantine import Quarantining
@@ -24,4 +24,4 @@ class Store(
     """Everything the tracking database is asked, by topic."""
 
 
-__all__ = ["SlotTaken", "Store"]
+__all__ = ["WITH_PARENT", "SlotTaken", "Store"]

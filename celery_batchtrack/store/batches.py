@@ -275,9 +275,11 @@ class BatchWrites(Owning):
         with self.read() as connection:
             return list(connection.execute(sa.select(batch.c.id).where(batch.c.untold)).scalars())
 
-    def told(self, batch_id: uuid.UUID) -> None:
+    def told(self, batch_id: uuid.UUID, round: int, *, done: bool = True) -> None:
+        """What there was to tell of that round's end was told; or, not `done`, is still to be."""
+        here = sa.and_(batch.c.id == batch_id, batch.c.round == round)
         with self.single() as connection:
-            connection.execute(sa.update(batch).where(batch.c.id == batch_id).values(untold=False))
+            connection.execute(sa.update(batch).where(here, batch.c.untold == done).values(untold=not done))
 
     # -- milestones ------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from celery_batchtrack.vocabulary.states import Kind, Status
 
 from .clock import moment, now
 from .schema import batch, child, tally
+from .trees import tree_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +125,10 @@ def milestones_due(connection: sa.Connection, batch_id: uuid.UUID) -> set[int]:
     if found is None:
         return set()
     due = DueCallbacks(*found)
+    tree = tree_of([batch_id])
     done, total = connection.execute(
         sa.select(sa.func.sum(tally.c.weight_done), sa.func.sum(tally.c.weight_total))
-        .where(tally.c.batch_id == batch_id)
+        .join(tree, tree.c.id == tally.c.batch_id)
     ).one()  # fmt: skip
     declared = json.loads(due.callbacks).get(Kind.ON_PROGRESS.value, ())
     reached = {ordinal for ordinal, each in enumerate(declared) if total and 100 * done >= each["percent"] * total}

@@ -102,7 +102,9 @@ class Dispatching(Connected):
         """Pending rows whose time to start is over."""
         query = (
             sa.select(*CHILD_COLUMNS)
-            .where(child.c.status == Status.PENDING.value, child.c.expires_at <= now())
+            .where(
+                child.c.status == Status.PENDING.value, child.c.expires_at <= now(), child.c.waits_on_batch.is_(None)
+            )
             .limit(limit)
         )
         with self.read() as connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -84,9 +85,8 @@ class Finding(Connected):
 
     def _has_value(self, key: str, value: Any) -> sa.ColumnElement[bool]:
         if self.sqlite:
-            each = sa.func.json_each(batch.c["metadata"]).table_valued("key", "value")
-            told = sa.func.json_quote(each.c.value) == sa.func.json_quote(value)
-            return sa.exists(sa.select(each.c.key).where(each.c.key == key, told))
+            each = sa.func.json_each(batch.c["metadata"]).table_valued("key", "value", "type")
+            return sa.exists(sa.select(each.c.key).where(each.c.key == key, _is_json(each, value)))
         return sa.type_coerce(batch.c["metadata"], JSONB).contains({key: value})
 
     def by_result_id(self, result_id: str) -> ChildRow | None:
@@ -150,3 +150,14 @@ class Finding(Connected):
         with self.read() as connection:
             found = connection.execute(query).one_or_none()
         return None if found is None else FirstFailure(*found)
+
+
+def _is_json(each: Any, value: Any) -> sa.ColumnElement[bool]:
+    """SQLite: whether a member of an object is this value, of this type; 1 and true are two."""
+    if isinstance(value, (dict, list)):
+        kind = "object" if isinstance(value, dict) else "array"
+        return sa.and_(each.c.type == kind, sa.func.json(each.c.value) == sa.func.json(json.dumps(value)))
+    if value is None or isinstance(value, bool):
+        return each.c.type == json.dumps(value)  # type: ignore[no-any-return]
+    kinds = ("text",) if isinstance(value, str) else ("integer", "real")
+    return sa.and_(each.c.type.in_(kinds), each.c.value == value)

@@ -29,7 +29,6 @@ from celery_batchtrack.vocabulary.states import (
 from . import callbacks
 from .batches import BatchWrites
 from .clock import moment
-from .hot import batch_lets_claim
 from .incidents import TOLD, Attempt, record
 from .rows import CHILD_COLUMNS, child_row
 from .schema import Json, batch, child
@@ -37,6 +36,10 @@ from .transitions import MOVED, Share, change, move, regroup
 
 _ALIVE = [each.value for each in BATCH_ALIVE]
 _OPEN = [each.value for each in OPEN]
+
+
+#: How the reason begins for which a nested batch is paused with its parent.
+WITH_PARENT = "with batch "
 
 
 class _Lost(Exception):
@@ -80,12 +83,20 @@ class Nesting(BatchWrites):
         """
         try:
             with self.write() as connection:
+                # Locked, so that who pauses, cancels or deletes it finds the nested batch, or keeps it from being.
+                parent = connection.execute(
+                    sa.select(batch.c.status, batch.c.paused_at, batch.c.round)
+                    .where(batch.c.id == row.batch_id)
+                    .with_for_update(read=True)
+                ).one_or_none()
+                if not _lets_nest(row, parent):
+                    return False
                 self.create_in(connection, new, children, seal=True)
                 statement = (
                     sa.update(child)
                     .where(
                         _here(row.key), child.c.status == Status.PENDING.value, child.c.attempt == row.attempt,
-                        child.c.waits_on_batch.is_(None), batch_lets_claim(),
+                        child.c.waits_on_batch.is_(None),
                     )
                     .values(waits_on_batch=new.id, dispatched_at=None, weight=0)
                 )  # fmt: skip
@@ -176,7 +187,8 @@ class Nesting(BatchWrites):
         called = child.alias("called")
         open_body = sa.exists().where(
             called.c.batch_id == batch.c.id, called.c.round == batch.c.round,
-            called.c.kind == Kind.ON_SUCCESS.value, called.c.status.in_(_OPEN), callbacks.is_callback(called),
+            called.c.kind == Kind.ON_SUCCESS.value, called.c.ordinal == 0, called.c.status.in_(_OPEN),
+            callbacks.is_callback(called),
         )  # fmt: skip
         query = (
             sa.select(batch.c.id)
@@ -189,13 +201,41 @@ class Nesting(BatchWrites):
         with self.read() as connection:
             return list(connection.execute(query).scalars())
 
-    def nested_alive(self, batch_id: uuid.UUID) -> list[uuid.UUID]:
-        """Batches that children of this one wait for, or waited for, and that have not ended."""
-        query = sa.select(batch.c.id).where(
-            batch.c.parent_batch.is_not(None), batch.c.parent_batch == batch_id, batch.c.status.in_(_ALIVE)
+    def nested_in(self, batch_id: uuid.UUID) -> list[tuple[uuid.UUID, bool]]:
+        """(id, whether it is alive) of the batches that children or callbacks of this one wait for, or waited for."""
+        query = sa.select(batch.c.id, batch.c.status).where(
+            batch.c.parent_batch.is_not(None), batch.c.parent_batch == batch_id
         )
         with self.read() as connection:
-            return list(connection.execute(query).scalars())
+            return [(row.id, row.status in _ALIVE) for row in connection.execute(query)]
+
+    def out_of_step(self) -> list[tuple[uuid.UUID, uuid.UUID, bool]]:
+        """(id, parent, whether that is paused) of nested batches that are not paused with their parent, or not resumed
+        with it: who did that to the parent died before it came to them."""
+        parent = batch.alias("parent")
+        with_it = batch.c.pause_reason.startswith(WITH_PARENT)
+        query = (
+            sa.select(batch.c.id, parent.c.id, parent.c.paused_at.is_not(None))
+            .join(parent, parent.c.id == batch.c.parent_batch)
+            .where(
+                batch.c.parent_batch.is_not(None), batch.c.status.in_(_ALIVE), parent.c.status.in_(_ALIVE),
+                sa.or_(
+                    sa.and_(parent.c.paused_at.is_not(None), batch.c.paused_at.is_(None)),
+                    sa.and_(parent.c.paused_at.is_(None), batch.c.paused_at.is_not(None), with_it),
+                ),
+            )
+        )  # fmt: skip
+        with self.read() as connection:
+            return [(row[0], row[1], bool(row[2])) for row in connection.execute(query)]
+
+    def bereft(self) -> list[ChildRow]:
+        """Open children that wait for a batch that is not there any more."""
+        there = sa.exists().where(batch.c.id == child.c.waits_on_batch)
+        query = sa.select(*CHILD_COLUMNS).where(
+            child.c.waits_on_batch.is_not(None), child.c.status == Status.PENDING.value, ~there
+        )
+        with self.read() as connection:
+            return [child_row(row) for row in connection.execute(query)]
 
     def forsaken(self) -> list[uuid.UUID]:
         """Batches that have not ended although nobody waits for them any more."""
@@ -215,12 +255,27 @@ class Nesting(BatchWrites):
 
 
 def _ended(nested: uuid.UUID, nested_round: int) -> sa.ColumnElement[bool]:
-    """Fence: the child waits for this batch, and what was read of its end is of its present round."""
+    """Fence: the child waits for this batch, and what was read of its end, its body's included, is of its present
+    round and not about to change."""
+    called = child.alias("called")
+    body_runs = sa.exists().where(
+        called.c.batch_id == nested, called.c.round == nested_round, called.c.kind == Kind.ON_SUCCESS.value,
+        called.c.ordinal == 0, called.c.status.in_(_OPEN), callbacks.is_callback(called),
+    )  # fmt: skip
     over = sa.exists().where(
         batch.c.id == nested, batch.c.round == nested_round,
         batch.c.status.in_([each.value for each in BATCH_ENDED]),
     )  # fmt: skip
-    return sa.and_(child.c.waits_on_batch == nested, over)
+    return sa.and_(child.c.waits_on_batch == nested, over, ~body_runs)
 
 
-__all__ = ["Nesting"]
+def _lets_nest(row: ChildRow, found: Any) -> bool:
+    """As `batch_lets_claim`, of a batch that is locked."""
+    if found is None:
+        return False
+    if row.kind != Kind.CHILD:
+        return bool(row.round == found.round)
+    return found.status in _ALIVE and found.paused_at is None
+
+
+__all__ = ["WITH_PARENT", "Nesting"]

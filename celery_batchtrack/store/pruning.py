@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import uuid
+
 import sqlalchemy as sa
 
-from celery_batchtrack.vocabulary.states import OPEN, BatchStatus, Kind
+from celery_batchtrack.vocabulary.states import OPEN, BatchStatus, Status
 
+from .callbacks import is_callback
 from .clock import later
 from .engine import Connected
 from .schema import batch, child, quarantine, worker
+from .trees import tree_of
 
 _CHUNK = 100
 
@@ -21,26 +25,38 @@ class Pruning(Connected):
         return self._prune(BatchStatus.COMPLETED, completed) + self._prune(None, other)
 
     def _prune(self, status: BatchStatus | None, seconds: float) -> int:
-        open_callback = sa.exists().where(
-            child.c.batch_id == batch.c.id, child.c.kind != Kind.CHILD.value,
-            child.c.status.in_([each.value for each in OPEN]),
-        )  # fmt: skip
-        which = (
-            batch.c.status == BatchStatus.COMPLETED.value if status else batch.c.status != BatchStatus.COMPLETED.value
+        completed = batch.c.status == BatchStatus.COMPLETED.value
+        old = sa.and_(
+            completed if status else ~completed, batch.c.finished_at < later(-seconds), batch.c.parent_batch.is_(None)
         )
-        old = (
-            sa.select(batch.c.id)
-            .where(which, batch.c.finished_at < later(-seconds), batch.c.parent_batch.is_(None), ~open_callback)
-            .order_by(batch.c.finished_at)
-            .limit(_CHUNK)
-        )
-        deleted = 0
+        deleted, kept = 0, 0
         while True:
+            oldest = sa.select(batch.c.id).where(old).order_by(batch.c.finished_at, batch.c.id)
             with self.write() as connection:
-                gone = connection.execute(sa.delete(batch).where(batch.c.id.in_(old))).rowcount
-            deleted += gone
-            if gone < _CHUNK:
+                found = list(connection.execute(oldest.offset(kept).limit(_CHUNK)).scalars())
+                busy = self._busy(connection, found)
+                gone = [each for each in found if each not in busy]
+                if gone:
+                    deleted += connection.execute(sa.delete(batch).where(batch.c.id.in_(gone), old)).rowcount
+            kept += len(busy)
+            if len(found) < _CHUNK:
                 return deleted
+
+    def _busy(self, connection: sa.Connection, ids: list[uuid.UUID]) -> set[uuid.UUID]:
+        """Batches with something open: a callback of theirs, or of one nested in them, that runs or may still run."""
+        if not ids:
+            return set()
+        tree = tree_of(ids)
+        query = (
+            sa.select(tree.c.root.distinct())
+            .join(batch, batch.c.id == tree.c.id)
+            .join(child, child.c.batch_id == tree.c.id)
+            .where(
+                is_callback(child), child.c.status.in_([each.value for each in OPEN]),
+                sa.or_(child.c.round == batch.c.round, child.c.status == Status.RUNNING.value),
+            )
+        )  # fmt: skip
+        return set(connection.execute(query).scalars())
 
     def prune_quarantine(self, seconds: float) -> int:
         """Forget items that have not killed for that long and are not in quarantine (one that is, stays)."""

@@ -19,6 +19,7 @@ from .clock import age, later, now
 from .engine import Connected
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
 from .schema import batch, child, incident, tally
+from .trees import tree_of
 
 _COUNTS = tuple(
     prefix + name for prefix in ("", "items_") for name in ("total", "completed", "failed", "crashed", "cancelled")
@@ -62,7 +63,7 @@ class Queries(Connected):
             )
             .scalar_subquery()
         )  # fmt: skip
-        tree = _tree(ids)
+        tree = tree_of(ids)
         own = tally.c.batch_id == tree.c.root
         sums = (
             sa.select(
@@ -250,15 +251,6 @@ def _in_order(root: int, parts: dict[int, list[Any]]) -> Iterator[str | None]:
         if row.status == Status.COMPLETED.value:
             yield row.result
         waiting += reversed(parts.get(row.position, ()))
-
-
-def _tree(ids: Sequence[uuid.UUID]) -> sa.CTE:
-    """(root, id): each batch, and those nested in it at any depth."""
-    tree = sa.select(batch.c.id.label("root"), batch.c.id).where(batch.c.id.in_(ids)).cte("tree", recursive=True)
-    inner = batch.alias("inner_batch")
-    return tree.union(
-        sa.select(tree.c.root, inner.c.id).where(inner.c.parent_batch.is_not(None), inner.c.parent_batch == tree.c.id)
-    )
 
 
 def _progress(row: Any) -> Progress:

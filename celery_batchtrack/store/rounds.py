@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.records import BatchRow, NewChild, Retried
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, NewChild, Retried
 from celery_batchtrack.vocabulary.states import (
     BATCH_ALIVE,
     BATCH_ENDED,
@@ -24,6 +24,7 @@ from celery_batchtrack.vocabulary.states import (
 )
 
 from .batches import BatchWrites
+from .callbacks import is_callback
 from .clock import fresh_id
 from .rows import CHILD_COLUMNS, child_row
 from .schema import batch, child
@@ -34,7 +35,8 @@ Rewrite = Callable[[str], str]
 
 
 class Rounds(BatchWrites):
-    """Guarded writes that take an ended batch back. Locks: batches from parent to nested, then children, then tally."""
+    """Guarded writes that take an ended batch back. Locks: a batch, its children by position, then so its nested ones;
+    tallies last of each."""
 
     def retry(
         self, batch_id: uuid.UUID, statuses: Sequence[Status], *, queue: str | None = None,
@@ -57,15 +59,10 @@ class Rounds(BatchWrites):
         self, connection: sa.Connection, row: BatchRow, statuses: Sequence[Status], queue: str | None,
         rewrite: Rewrite | None,
     ) -> Retried | None:  # fmt: skip
-        wanted = sa.and_(
-            child.c.batch_id == row.id, child.c.kind == Kind.CHILD.value,
-            child.c.status.in_([each.value for each in statuses]), child.c.signature.is_not(None),
-        )  # fmt: skip
-        lock_in_order(connection, wanted)
-        found = [
-            child_row(each)
-            for each in connection.execute(sa.select(*CHILD_COLUMNS).where(wanted).order_by(child.c.position))
-        ]
+        header = sa.and_(
+            child.c.batch_id == row.id, child.c.kind == Kind.CHILD.value, child.c.signature.is_not(None)
+        )
+        found = self._found(connection, header, statuses)
         if not found:
             return None
         connection.execute(
@@ -74,42 +71,55 @@ class Rounds(BatchWrites):
         self._drop_callbacks(connection, row)
         batches = [row.id]
         for each in found:
-            if each.waits_on_batch is not None and not self._retry_nested(connection, each, statuses, rewrite, batches):
-                self._start_anew(connection, each)
+            self._take_along(connection, each, queue, rewrite, batches)
         if rewrite is not None:
             self._rewrite(connection, found, rewrite)
         self._to_pending(connection, row.id, statuses, queue)
         return Retried(row.id, row.round + 1, len(found), tuple(batches))
 
-    def _retry_nested(
-        self, connection: sa.Connection, waiting: Any, statuses: Sequence[Status], rewrite: Rewrite | None,
+    def _take_along(
+        self, connection: sa.Connection, waiting: ChildRow, queue: str | None, rewrite: Rewrite | None,
         batches: list[uuid.UUID],
-    ) -> bool:  # fmt: skip
-        """The batch that a child waits for goes on with what did not complete in it, in the same transaction: its old
-        end must not be taken for the new one."""
-        row = self._locked(connection, waiting.waits_on_batch, *BATCH_ENDED)
+    ) -> None:  # fmt: skip
+        """Of a row that waited for a nested batch: that one goes on with what did not complete in it, in the same
+        transaction, since its old end must not be taken for the new one. Where it is gone, another takes its place."""
+        if waiting.waits_on_batch is None:
+            return
+        row = self._locked(connection, waiting.waits_on_batch, *BatchStatus)
         if row is None:
-            return False
-        retried = self._retry_children(connection, row, _NOT_COMPLETED, None, rewrite)
-        if retried is not None:
-            batches += retried.batches
-            return True
-        if not self._retry_body(connection, row):
-            return False
+            self._start_anew(connection, waiting)
+            return
         batches.append(row.id)
-        return True
+        if not row.ended:
+            return  # it was not reached by what ended who waited for it
+        retried = self._retry_children(connection, row, _NOT_COMPLETED, queue, rewrite)
+        if retried is not None:
+            batches += retried.batches[1:]
+        else:  # its children completed: perhaps its body did not, or all of it did, and nobody has joined it
+            self._retry_body(connection, row, queue, rewrite, batches)
 
-    def _retry_body(self, connection: sa.Connection, row: BatchRow) -> bool:
-        """Where a nested batch's children completed, and its body did not."""
-        done = connection.execute(
-            change(
-                RETRY, child.c.batch_id == row.id, child.c.kind == Kind.ON_SUCCESS.value,
-                child.c.round == row.round, child.c.signature.is_not(None), **_afresh(),
-            )
+    def _retry_body(
+        self, connection: sa.Connection, row: BatchRow, queue: str | None, rewrite: Rewrite | None,
+        batches: list[uuid.UUID],
+    ) -> None:  # fmt: skip
+        body = sa.and_(
+            child.c.batch_id == row.id, child.c.kind == Kind.ON_SUCCESS.value, child.c.round == row.round,
+            child.c.signature.is_not(None),
         )  # fmt: skip
-        return done.rowcount > 0
+        for each in self._found(connection, body, _NOT_COMPLETED):
+            self._take_along(connection, each, queue, rewrite, batches)
+        connection.execute(change(RETRY, body, **_afresh()))
 
-    def _start_anew(self, connection: sa.Connection, waiting: Any) -> None:
+    def _found(
+        self, connection: sa.Connection, wanted: sa.ColumnElement[bool], statuses: Sequence[Status]
+    ) -> list[ChildRow]:
+        """The rows that ended so, locked, by position."""
+        ended = sa.and_(wanted, child.c.status.in_([each.value for each in statuses]))
+        lock_in_order(connection, ended)
+        query = sa.select(*CHILD_COLUMNS).where(ended).order_by(child.c.position)
+        return [child_row(each) for each in connection.execute(query)]
+
+    def _start_anew(self, connection: sa.Connection, waiting: ChildRow) -> None:
         connection.execute(
             sa.update(child)
             .where(child.c.batch_id == waiting.batch_id, child.c.position == waiting.position)
@@ -146,12 +156,25 @@ class Rounds(BatchWrites):
 
     def _drop_callbacks(self, connection: sa.Connection, row: BatchRow) -> None:
         """Callbacks of the old round that have not started never will."""
-        connection.execute(
-            change(
-                CANCEL, child.c.batch_id == row.id, child.c.kind != Kind.CHILD.value, child.c.round == row.round,
-                child.c.status == Status.PENDING.value, cause=Cause.CANCELLED.value,
-            )
+        waiting = sa.and_(
+            child.c.batch_id == row.id, child.c.kind != Kind.CHILD.value, child.c.round == row.round,
+            child.c.status == Status.PENDING.value,
         )  # fmt: skip
+        lock_in_order(connection, waiting)
+        connection.execute(change(CANCEL, waiting, cause=Cause.CANCELLED.value))
+
+    def drop_stale_callbacks(self) -> int:
+        """Callbacks of former rounds that ran when their batch went on, and gave their row back since: they never run
+        again. Returns how many."""
+        over = sa.exists().where(batch.c.id == child.c.batch_id, batch.c.round > child.c.round)
+        stale = sa.and_(is_callback(child), child.c.status == Status.PENDING.value, over)
+        with self.read() as connection:
+            keys = connection.execute(sa.select(child.c.batch_id, child.c.position).where(stale)).all()
+        for batch_id, position in sorted(keys):
+            here = sa.and_(child.c.batch_id == batch_id, child.c.position == position)
+            with self.write() as connection:
+                connection.execute(change(CANCEL, here, stale, cause=Cause.CANCELLED.value))
+        return len(keys)
 
     # -- more children ---------------------------------------------------------------------------
 
@@ -202,24 +225,23 @@ class Rounds(BatchWrites):
 
     # -- callbacks -------------------------------------------------------------------------------
 
-    def retry_callbacks(self, batch_id: uuid.UUID, statuses: Sequence[Status]) -> int:
-        """Callbacks of the present round that did not complete, back to pending. Returns how many."""
+    def retry_callbacks(self, batch_id: uuid.UUID, statuses: Sequence[Status]) -> Retried | None:
+        """Callbacks of the present round that did not complete, back to pending. None: there is no such batch."""
         with self.write() as connection:
             row = self._locked(connection, batch_id, *BatchStatus)
             if row is None:
-                return 0
+                return None
             wanted = sa.and_(
                 child.c.batch_id == batch_id, child.c.kind != Kind.CHILD.value, child.c.round == row.round,
                 child.c.signature.is_not(None),
             )  # fmt: skip
-            lock_in_order(connection, wanted, child.c.status.in_([each.value for each in statuses]))
-            done = connection.execute(
-                change(
-                    RETRY, wanted, child.c.status.in_([each.value for each in statuses]), **_afresh(),
-                    waits_on_batch=None,
-                )
-            )  # fmt: skip
-            return done.rowcount
+            batches: list[uuid.UUID] = []
+            found = self._found(connection, wanted, statuses)
+            for each in found:
+                self._take_along(connection, each, None, None, batches)
+            ended = child.c.status.in_([each.value for each in statuses])
+            connection.execute(change(RETRY, wanted, ended, **_afresh()))
+            return Retried(row.id, row.round, len(found), (row.id, *batches))
 
 
 _NOT_COMPLETED = (Status.FAILED, Status.CRASHED, Status.CANCELLED)
@@ -237,7 +259,7 @@ def _afresh() -> dict[str, Any]:
 def _next_round(row: BatchRow) -> dict[str, Any]:
     return {
         "round": row.round + 1, "reason": None, "finished_at": None, "paused_at": None, "pause_reason": None,
-        "untold": False, "deadline_at": None,
+        "untold": False, "deadline_at": None, "deaths": 0, "crash_samples": None,
     }  # fmt: skip
 
 

@@ -320,7 +320,7 @@ def waiting_for_a_batch_that_exists(grace: float) -> sa.Select[Any]:
         .select_from(child.outerjoin(nested, nested.c.id == child.c.waits_on_batch))
         .where(
             child.c.waits_on_batch.is_not(None), child.c.status == Status.PENDING.value,
-            sa.or_(nested.c.id.is_(None), ~names_it, over),
+            sa.or_(nested.c.id.is_(None), nested.c.parent_batch.is_(None), ~names_it, over),
         )
     )  # fmt: skip
 
