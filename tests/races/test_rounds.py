@@ -259,7 +259,7 @@ def test_nothing_of_a_batch_that_was_nested_while_its_parent_was_cancelled_stays
         assert lost.result() is False
         assert scene.store.batch(new.id) is None
     rivals.join()
-    assert scene.store.nested_alive(batch_id) == [] and scene.store.forsaken() == []
+    assert not any(alive for _, alive in scene.store.nested_in(batch_id)) and scene.store.forsaken() == []
     row = scene.store.batch(new.id)
     assert row is None or (row.status, row.reason) == ("cancelled", "parent")
     dispatch.pump(nester)

@@ -286,7 +286,7 @@ def test_a_child_whose_step_is_a_batch_waits_for_it(scene: Scene) -> None:
     assert below is not None and (below.status, below.parent_batch, below.parent_position) == ("running", batch_id, 1)
     waiting = scene.store.waiting_for(nested)
     assert waiting is not None and waiting.key == row.key
-    assert scene.store.nested_alive(batch_id) == [nested]
+    assert scene.store.nested_in(batch_id) == [(nested, True)]
     assert counts(scene, batch_id) == {"pending": 2} and counts(scene, nested) == {"pending": 2}
     assert add_up(scene, batch_id)
 
@@ -488,10 +488,10 @@ def test_a_batch_that_nobody_waits_for_any_more_is_forsaken(scene: Scene) -> Non
     scene.store.finish(ended)
     assert scene.store.forsaken() == []
     scene.store.cancel(left)
-    assert scene.store.forsaken() == [forsaken] and scene.store.nested_alive(left) == [forsaken]
+    assert scene.store.forsaken() == [forsaken] and scene.store.nested_in(left) == [(forsaken, True)]
     scene.store.cancel(forsaken, EndReason.PARENT)
-    assert scene.store.forsaken() == [] and scene.store.nested_alive(left) == []
-    assert scene.store.nested_alive(kept) == [alive]
+    assert scene.store.forsaken() == [] and scene.store.nested_in(left) == [(forsaken, False)]
+    assert scene.store.nested_in(kept) == [(alive, True)]
 
 
 # -- trees -----------------------------------------------------------------------------------------

@@ -502,7 +502,8 @@ def test_callbacks_of_a_former_round_are_not_called_again(scene: Scene) -> None:
     scene.store.finish(batch_id)
     scene.fail(scene.run(batch_id, 1))
     retried(scene, batch_id)
-    assert scene.store.retry_callbacks(batch_id, NOT_COMPLETED) == 0
+    done = scene.store.retry_callbacks(batch_id, NOT_COMPLETED)
+    assert done is not None and done.children == 0
     assert {row.status for row in scene.store.callback_rows(batch_id)} == {"failed", "cancelled"}
 
 
