@@ -175,8 +175,8 @@ def _go_on(tracker: Tracker, waiting: ChildRow, nested: BatchRow, result: Any) -
     if step is not None:
         advanced = tracker.store.join_advance(waiting.key, nested.id, nested.round, step)
         return Settled(advanced, successors=int(advanced))
-    keep_result = parent is not None and parent.options.get("results") != "none"
-    text = tracker.codec.dumps(result) if keep_result else None
+    wanted = waiting.kind != Kind.CHILD or (parent is not None and parent.options.get("results") != "none")
+    text = tracker.codec.dumps(result) if wanted else None
     settled = tracker.store.join(waiting.key, nested.id, nested.round, text, keep=False)
     if settled.written:
         tracker.emit(events.ChildSettled(waiting.key, waiting.task, Status.COMPLETED, waiting.attempt))

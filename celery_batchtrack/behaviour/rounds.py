@@ -50,6 +50,11 @@ def retry(
             raise errors.BatchStateError(
                 f"batch {batch_id} is {done.status}: retry it when it has ended (cancel() ends it now)"
             )
+        if done.sealed_at is None:
+            raise errors.BatchStateError(
+                f"batch {batch_id} was cancelled before it was sealed ({done.reason}): not all of its children are "
+                "there; make a new one"
+            )
         return 0
     return _run(tracker, done)
 

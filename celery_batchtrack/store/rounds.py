@@ -44,13 +44,13 @@ class Rounds(BatchWrites):
     ) -> Retried | BatchRow | None:  # fmt: skip
         """``ended → running`` in the next round, and the children that ended so back to pending.
 
-        None: there is no such batch. The row as it is: it has not ended, or has no such child (then it is ended).
+        None: there is no such batch. The row as it is: it has not ended, was never sealed, or has no such child.
         """
         with self.write() as connection:
             row = self._locked(connection, batch_id, *BatchStatus)
             if row is None:
                 return None
-            if not row.ended:
+            if not row.ended or row.sealed_at is None:
                 return row
             retried = self._retry_children(connection, row, statuses, queue, rewrite)
             return row if retried is None else retried
@@ -90,11 +90,16 @@ class Rounds(BatchWrites):
             self._start_anew(connection, waiting)
             return
         batches.append(row.id)
-        if not row.ended:
-            return  # it was not reached by what ended who waited for it
+        if not row.ended or row.sealed_at is None:
+            return  # it was not reached by what ended who waited for it; or nobody knows all that belongs to it
         retried = self._retry_children(connection, row, _NOT_COMPLETED, queue, rewrite)
         if retried is not None:
             batches += retried.batches[1:]
+        elif row.status == BatchStatus.CANCELLED:  # at the last moment: it has only to end anew
+            connection.execute(
+                change_batch(RETRY_BATCH, BatchStatus.RUNNING, batch.c.id == row.id, **_next_round(row))
+            )
+            self._drop_callbacks(connection, row)
         else:  # its children completed: perhaps its body did not, or all of it did, and nobody has joined it
             self._retry_body(connection, row, queue, rewrite, batches)
 

@@ -113,6 +113,16 @@ def test_a_task_may_wait_inline_for_a_batch_that_it_starts(shop: SimpleNamespace
     assert chord([outer.s(), chain(outer.s(), shop.note.s())], app=shop.app)(shop.total.s()).get(timeout=5) == 6
 
 
+def test_results_that_nobody_reads_are_not_kept_but_those_of_callbacks_are(shop: SimpleNamespace) -> None:
+    several = group(shop.note.si(1), shop.note.si(2))
+    header = [chain(shop.note.s(3), shop.note.s()), chord([shop.note.s(4)], shop.total.s(), app=shop.app)]
+    batch = Batch.create(
+        "quiet", header, app=shop.app, results="none", callback_arg="nothing", on_success=[several, shop.note.si(5)]
+    )
+    assert batch.status == "completed" and [child.result for child in batch.children()] == [None, None]
+    assert [row.result for row in batch.children(kind="callbacks")] == [[1, 2], 5]
+
+
 def test_callbacks_given_to_a_result_are_called_by_get(shop: SimpleNamespace) -> None:
     result = chord([shop.note.s(1)], app=shop.app)(shop.total.s())
     seen: list[Any] = []
@@ -147,6 +157,43 @@ def test_what_is_paused_half_way_down_is_mended_by_a_sweep(shop: SimpleNamespace
         assert inner.row.paused_at is None
         inner.__exit__(None, None, None)
     assert outer.status == "completed"
+
+
+def test_a_batch_that_was_never_sealed_is_not_retried(shop: SimpleNamespace) -> None:
+    from celery_batchtrack import errors
+
+    with pytest.raises(KeyError), Batch("half", app=shop.app) as batch:
+        batch.add(shop.note.s(1))
+        batch.flush()
+        raise KeyError
+    assert (batch.status, batch.row.reason) == ("cancelled", "exception")
+    with pytest.raises(errors.BatchStateError, match="before it was sealed"):
+        batch.retry()
+
+
+def test_a_nested_batch_that_was_cancelled_when_all_had_completed_ends_anew(shop: SimpleNamespace) -> None:
+    batch = Batch.create("outer", [chord([shop.note.s(1)], shop.total.s(), app=shop.app)], app=shop.app)
+    [nested] = batch.nested()
+    with shop.store.write() as connection:  # as if a cancel had been first
+        for status, key in (("cancelled", nested.id), ("cancelled", batch.id)):
+            connection.exec_driver_sql(
+                "UPDATE batchtrack_batch SET status = ?, reason = 'user' WHERE id = ?", (status, str(key))
+            )
+        connection.exec_driver_sql("DELETE FROM batchtrack_child WHERE kind <> 'child'")
+        connection.exec_driver_sql(
+            "UPDATE batchtrack_child SET status = 'cancelled', cause = 'cancelled', result = NULL, signature = ? "
+            "WHERE batch_id = ?",
+            ('{"args": []}', str(batch.id)),
+        )
+        connection.exec_driver_sql(
+            "UPDATE batchtrack_tally SET completed = 0, items_completed = 0, cancelled = 1, items_cancelled = 1 "
+            "WHERE batch_id = ?",
+            (str(batch.id),),
+        )
+    assert batch.retry() == 1
+    assert batch.status == "completed" and list(batch.results()) == [1]
+    assert [each[-1] for each in shop.calls] == [1], "its child did not run again"
+    assert violations(shop) == []
 
 
 def test_a_nested_batch_is_retried_through_its_parent_only(shop: SimpleNamespace) -> None:
