@@ -171,6 +171,13 @@ def result_ids(value: Any) -> list[str]:
     return [] if found is None else [found]
 
 
+def ends_in_group(value: Any) -> bool:
+    """Whether several tasks are the last of a signature."""
+    if _is(value, "chain") and value["kwargs"]["tasks"]:
+        return ends_in_group(value["kwargs"]["tasks"][-1])
+    return ends_in_group(value["kwargs"].get("body")) if _is(value, "chord") else _is(value, "group")
+
+
 def errbacks_of(value: Any) -> list[tuple[Any, str]]:
     """Errbacks of a frozen body that are called when what comes before keeps it from running, each with the id of whose
     failure it is told: the body's, or of a group, each task's own."""

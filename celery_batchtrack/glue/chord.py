@@ -81,7 +81,6 @@ class chord(celery_chord):  # type: ignore[misc]
             raise errors.InvalidOption("batch= belongs to the chord, not to its call: chord(header, batch={…})(body)")
         return start(self, args, kwargs, given)
 
-
     def freeze(self, *args: Any, **kwargs: Any) -> Any:
         """Give ids to header and body, as Celery's. Returns the body's result."""
         return _with_frozen_header(self, super().freeze(*args, **kwargs))
@@ -188,6 +187,12 @@ def _started(signature: Any, args: Any, kwargs: dict[str, Any], given: Mapping[s
     common = {**(signature.options or {}), **{name: each for name, each in given.items() if each is not None}}
     args = tuple(args or ())
     args = (*args, *signature.args) if args and not signature.immutable else tuple(signature.args or ())
+    if common.get("chord") and canvas.ends_in_group(body):
+        logger.warning(
+            "action=untracked_chord a chord of Celery's own waits for each task of the body %r: so this one is "
+            "Celery's too", body,
+        )  # fmt: skip
+        return _apply_celerys(signature, args, {**kwargs, "body": body}, **given)
     note_chord(app)
     frozen = rows.frozen_body(app, body, common, given.get("task_id") or new_task_id())
     plain = options.validated(dict(signature.kwargs.get(KEY) or {}), _name(frozen.signature))

@@ -47,6 +47,8 @@ def _made(
 ) -> _Made:
     """`whole`: no arguments come before those that are there."""
     first, rest = links[0], [canvas.without_joints(each) for each in links[1:]]
+    if part_of_chord and rest:
+        rest[-1] = _with_joints(rest[-1], links[-1])
     if isinstance(first, (group, celery_chord)):
         return _made_of_canvas(first, rest, part_of_chord=part_of_chord)
     given = first.get("options") or {}
@@ -83,15 +85,13 @@ def _made_of_canvas(first: Signature, rest: Sequence[Mapping[str, Any]], *, part
     return _Made(name, new_task_id(), codec.dumps(kept), (), 1, None, None, countdown, eta, None, None)
 
 
-def _with_joints(plain: dict[str, Any], first: Signature) -> dict[str, Any]:
-    """A chord of Celery's own waits for the body of a chord that is a body."""
-    body = first["kwargs"].get("body")
-    if plain.get("subtask_type") != "chord" or body is None:
-        return plain
-    joints = {name: each for name, each in (body.get("options") or {}).items() if name in signatures.CHORD_OPTIONS}
-    kept = plain["kwargs"]["body"]
-    kept = {**kept, "options": {**(kept.get("options") or {}), **joints}}
-    return {**plain, "kwargs": {**plain["kwargs"], "body": kept}}
+def _with_joints(plain: dict[str, Any], link: Any) -> dict[str, Any]:
+    """A chord of Celery's own waits for this last link, or for its body if it is a chord."""
+    if plain.get("subtask_type") == "chord":
+        kwargs = plain["kwargs"]
+        return {**plain, "kwargs": {**kwargs, "body": _with_joints(kwargs["body"], link["kwargs"]["body"])}}
+    joints = {name: each for name, each in (link.get("options") or {}).items() if name in signatures.CHORD_OPTIONS}
+    return {**plain, "options": {**(plain.get("options") or {}), **joints}}
 
 
 def new_child(

@@ -177,6 +177,36 @@ def test_a_chord_may_be_next_to_a_group_of_celerys_in(stage: Stage, make: Make, 
     assert stage.make(make).apply_async().get(timeout=LONG) == expected
 
 
+#: Of ours, as one of two elements of Celery's own chord.
+WITHIN_CELERYS: dict[str, tuple[Make, Any]] = {
+    "one task": (lambda t, chord: chord([t.identity.s(1), t.identity.s(2)], t.total.s()), 3),
+    "a chain": (lambda t, chord: chord([t.identity.s(1)], chain(t.total.s(), t.identity.s())), 1),
+    "a chord": (lambda t, chord: chord([t.identity.s(1)], chord([t.total.s(), t.total.s()], t.total.s())), 2),
+    "a group": (lambda t, chord: chord([t.identity.s(1)], group(t.total.s(), t.total.s())), [1, 1]),
+    "a chain with a group": (
+        lambda t, chord: chord([t.identity.s(1)], chain(t.total.s(), group(t.identity.s(), t.identity.s()))), [1, 1],
+    ),
+}  # fmt: skip
+
+
+@each_of(WITHIN_CELERYS)
+def test_celerys_own_chord_waits_for_ours_whose_body_is(stage: Stage, make: Make, expected: Any) -> None:
+    if not stage.has_backend:
+        pytest.skip("Celery's own groups and chords have results in a result backend only")
+    around = celery_chord([stage.make(make), stage.t.identity.s("other")], stage.t.identity.s())
+    assert around.apply_async().get(timeout=LONG) == [expected, "other"]
+
+
+@pytest.mark.parametrize("fails", ["header", "body"])
+def test_celerys_own_chord_hears_of_ours_that_fails(stage: Stage, fails: str) -> None:
+    if not stage.has_backend:
+        pytest.skip("Celery's own groups and chords have results in a result backend only")
+    t = stage.t
+    ours = stage.chord([t.fail.s() if fails == "header" else t.identity.s(1)], t.fail.s())
+    with pytest.raises((Expected, ChordError)):
+        celery_chord([ours, t.identity.s(2)], t.identity.s()).apply_async().get(timeout=LONG)
+
+
 def test_a_group_behind_a_chord_runs_with_what_the_body_returned(stage: Stage) -> None:
     t, place = stage.t, stage.place()
     (stage.chord([t.add.s(1, 2)], t.total.s()) | group(t.note.s(place), t.note.s(place))).apply_async()
