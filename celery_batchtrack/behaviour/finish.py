@@ -93,17 +93,20 @@ def cancel(
     finished = tracker.store.cancel(batch_id, reason, terminate=terminate)
     if finished is None:
         return None
-    _cancel_nested(tracker, batch_id, terminate=terminate)
+    _cancel_nested(tracker, batch_id, {batch_id}, terminate=terminate)
     _publish(tracker, ending.tell(tracker, finished).due)
     if terminate and finished.cancelled_runs:
         tracker.publisher.terminate([run.task_id for run in finished.cancelled_runs])
     return finished
 
 
-def _cancel_nested(tracker: Tracker, batch_id: uuid.UUID, *, terminate: bool) -> None:
+def _cancel_nested(tracker: Tracker, batch_id: uuid.UUID, seen: set[uuid.UUID], *, terminate: bool) -> None:
+    """`seen`: batches that were looked at; a circle of parents, made by hand, must not go on for ever."""
     for nested, alive in tracker.store.nested_in(batch_id):
-        if not alive or cancel(tracker, nested, EndReason.PARENT, terminate=terminate) is None:
-            _cancel_nested(tracker, nested, terminate=terminate)  # it has ended, but what its body waits for has not
+        if nested in seen or (alive and cancel(tracker, nested, EndReason.PARENT, terminate=terminate) is not None):
+            continue
+        seen.add(nested)
+        _cancel_nested(tracker, nested, seen, terminate=terminate)  # it has ended, but what its body waits for has not
 
 
 def keep_step(tracker: Tracker) -> None:

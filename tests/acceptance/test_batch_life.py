@@ -309,6 +309,24 @@ def test_a_batch_goes_with_its_owners_row_also_while_its_children_run(
 # -- under load ------------------------------------------------------------------------------------
 
 
+def canvases(tasks: Any, chance: random.Random, size: int, depth: int) -> list[Any]:
+    """So many header elements of any shape."""
+    return [_canvas(tasks, chance, at, depth) for at in range(size)]
+
+
+def _canvas(tasks: Any, chance: random.Random, at: int, depth: int) -> Any:
+    kind = chance.choice(["value"] * 6 + ["chain", "grow", "group", "chord"])
+    if kind == "chain":
+        return chain(tasks.value.si(at), tasks.value.si(at + 1), tasks.value.si(at))
+    if kind == "grow":
+        return tasks.grow.si(5, 1000, "")
+    if kind == "group" and depth:
+        return chain(tasks.value.si(at), group(canvases(tasks, chance, 3, depth - 1)))
+    if kind == "chord" and depth:
+        return chord(canvases(tasks, chance, 4, depth - 1), tasks.kept.s(""))
+    return tasks.value.si(at)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_cancel_pause_deadline_nesting_and_growing_under_load_leave_nothing_open_or_counted_twice(
     working: Scene, seed: int
@@ -316,27 +334,12 @@ def test_cancel_pause_deadline_nesting_and_growing_under_load_leave_nothing_open
     chance = random.Random(seed)
     tasks = working.tasks
 
-    def header(size: int, depth: int) -> list[Any]:
-        return [element(at, depth) for at in range(size)]
-
-    def element(at: int, depth: int) -> Any:
-        kind = chance.choice(["value"] * 6 + ["chain", "grow", "group", "chord"])
-        if kind == "chain":
-            return chain(tasks.value.si(at), tasks.value.si(at + 1), tasks.value.si(at))
-        if kind == "grow":
-            return tasks.grow.si(5, 1000, "")
-        if kind == "group" and depth:
-            return chain(tasks.value.si(at), group(header(3, depth - 1)))
-        if kind == "chord" and depth:
-            return chord(header(4, depth - 1), tasks.kept.s(""))
-        return tasks.value.si(at)
-
     started = []
     for number in range(12):
         options: dict[str, Any] = {"on_finish": tasks.told.s(working.place("told"))}
         if number % 6 == 5:
             options["deadline"] = 1.0
-        made = chord(header(40, 2), app=working.app, batch={"name": f"load {number}", **options})
+        made = chord(canvases(tasks, chance, 40, 2), app=working.app, batch={"name": f"load {number}", **options})
         started.append(made(tasks.kept.s(working.place("bodies"))).batch)
 
     def meddle(batches: list[Batch], seed: int) -> None:
