@@ -238,8 +238,9 @@ def test_a_paused_batch_starts_nothing_nested_either_until_it_is_resumed(working
     inner = chord(header, tasks.kept.s(""))
     result = chord([chain(inner, tasks.value.si(9, working.place("after")))], app=working.app)(tasks.kept.s(""))
     working.wait_met("held")
-    assert result.batch.pause()
     (nested,) = result.batch.nested()
+    working.eventually_statuses(nested, "running", "completed", "completed", "completed")
+    assert result.batch.pause()
     assert nested.row.paused_at is not None
     working.go("held")
     eventually(lambda: nested.row.ended, 20, what="the nested header, which had started")
