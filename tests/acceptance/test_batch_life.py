@@ -204,7 +204,7 @@ def test_what_is_open_at_the_deadline_is_cancelled_and_the_outcome_says_so(worki
     tasks = working.tasks
     batch = working.start(
         tasks.value.s(1), tasks.held.s(2, working.place("held")), chain(tasks.held.s(3, working.place("held")),
-        tasks.value.s()), on_finish=tasks.told.s(working.place("told")), deadline="2s",
+        tasks.value.s()), on_finish=tasks.told.s(working.place("told")), deadline="4s",
     )  # fmt: skip
     assert batch.wait(40, callbacks=True) == "cancelled"
     assert batch.row.reason == "deadline"
