@@ -30,9 +30,9 @@ def redis_server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
-    """A fresh empty database."""
-    url = postgres_server.create_database()
+def postgres_url(postgres_server: PostgresServer, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A fresh database: empty, or with our tables where the test takes a `store` on it."""
+    url = postgres_server.create_database(migrated="store" in request.fixturenames)
     yield url
     postgres_server.drop_database(url)
 

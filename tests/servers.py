@@ -190,6 +190,7 @@ class PostgresServer(Server):
         if importlib.util.find_spec("psycopg") is None:
             raise ServiceMissing("no psycopg: install celery-batchtrack[postgresql]")
         self._bin = find_postgres()
+        self._template: str | None = None
         super().__init__(owner=_unprivileged_user())
         self._make_reachable()
         self._initialise()
@@ -251,11 +252,25 @@ class PostgresServer(Server):
         """Of the maintenance database; tests take one of their own from `create_database`."""
         return self._url_of("postgres")
 
-    def create_database(self) -> str:
-        """A fresh empty database; returns its SQLAlchemy URL."""
+    def create_database(self, *, migrated: bool = False) -> str:
+        """A fresh database, empty or with our tables; returns its SQLAlchemy URL."""
         name = unique()
-        self._execute(f'CREATE DATABASE "{name}"')
+        template = f' TEMPLATE "{self._migrated()}"' if migrated else ""
+        self._execute(f'CREATE DATABASE "{name}"{template}')
         return self._url_of(name)
+
+    def _migrated(self) -> str:
+        """A database to be copied: much faster than to migrate one for each test."""
+        if self._template is None:
+            from celery_batchtrack.store import Store
+
+            name = unique()
+            self._execute(f'CREATE DATABASE "{name}"')
+            store = Store(self._url_of(name))
+            store.migrate()
+            store.dispose()
+            self._template = name
+        return self._template
 
     def drop_database(self, url: str) -> None:
         """Also with clients still connected, which it disconnects."""
