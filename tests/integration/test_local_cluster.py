@@ -255,6 +255,7 @@ if os.environ.get("BATCHTRACK_CLUSTER_PROCESS") == str(os.getpid()):
 
     sys.modules["celery_batchtrack.glue.extension"] = types.ModuleType("extension")
     sys.modules["celery_batchtrack.glue.extension"].BatchTrack = BatchTrack
+    sys.modules["celery_batchtrack.glue.extension"].INSTALLERS = []
 """
 
 
