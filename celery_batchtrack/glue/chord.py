@@ -233,8 +233,7 @@ class _Header:
     ) -> None:  # fmt: skip
         self.extension, self.tasks, self.args, self.kwargs = extension, tasks, args, kwargs
         self.root_id, self.parent_id = common.get("root_id"), common.get("parent_id")
-        left_out = (*signatures.NOT_KEPT, *rows.NOT_FOR_HEADER)
-        self.options = {name: each for name, each in common.items() if name not in left_out}
+        self.options = rows.for_header(common)
 
     @property
     def lazy(self) -> bool:

@@ -215,10 +215,7 @@ def chord_rows(
         kwargs = {**(plain.get("kwargs") or {}), **kwargs}
         name = str(getattr(plain.get("body"), "task", None) or "chord")
     valid = options.validated(given, name)
-    common = {
-        name: each for name, each in (signature.options or {}).items()
-        if name not in (*signatures.NOT_KEPT, *NOT_FOR_HEADER)
-    }  # fmt: skip
+    common = for_header(signature.options or {})
     children = [
         new_child(app, canvas.given(each, args, kwargs, common), f"header element {at}", valid.stored)
         for at, each in enumerate(canvas.elements(app, tasks))
@@ -230,6 +227,11 @@ def chord_rows(
 NOT_FOR_HEADER = (
     "task_id", "link", "link_error", "chain", "chord", "group_id", "group_index", "reply_to", "root_id", "parent_id",
 )  # fmt: skip
+
+
+def for_header(common: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a chord's or group's options that its tasks have too."""
+    return {name: each for name, each in common.items() if name not in (*signatures.NOT_KEPT, *NOT_FOR_HEADER)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,12 +307,11 @@ class AppCanvas:
 
     def next_step(self, row: ChildRow, batch: BatchRow, result: Any) -> Step | None:
         kept = signatures.parsed(row.signature)
-        rest = [maybe_signature(each, app=self.app) for each in kept.get("chain") or ()]
+        rest = self._rest(kept)
         if not rest:
             return None
         before = kept.get("options") or {}
-        first = rest[0]
-        first = first.clone()
+        first = rest[0].clone()
         if not first.immutable:
             first.args = (result, *first.args)
         first.options["parent_id"] = row.task_id
@@ -322,10 +323,14 @@ class AppCanvas:
         """What a task that replaces itself goes on as; the rest of its chain follows."""
         kept = signatures.parsed(row.signature)
         links = canvas.links_of(self.app, signature, f"what replaces {row.task}")
-        rest = [maybe_signature(each, app=self.app) for each in kept.get("chain") or ()]
+        rest = self._rest(kept)
         before = kept.get("options") or {}
         for name in ("parent_id", "root_id", *(signatures.CHORD_OPTIONS if row.kind == Kind.ON_SUCCESS else ())):
             if before.get(name) is not None:
                 links[0 if name in ("parent_id", "root_id") else -1].options.setdefault(name, before[name])
         part = row.kind == Kind.ON_SUCCESS
         return step(self.app, [*links, *rest], f"what replaces {row.task}", batch.options, part_of_chord=part)
+
+    def _rest(self, kept: Mapping[str, Any]) -> list[Signature]:
+        """What follows in the chain of a stored signature."""
+        return [maybe_signature(each, app=self.app) for each in kept.get("chain") or ()]
