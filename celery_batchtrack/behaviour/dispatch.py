@@ -5,8 +5,9 @@ A message is only a hint to try to claim a row, so a doubled one is harmless; a 
 
 from __future__ import annotations
 
+import random
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +15,8 @@ from celery_batchtrack import errors
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, Ticket
-from celery_batchtrack.vocabulary.records import ChildRow, Outgoing
+from celery_batchtrack.vocabulary.pacing import Rate, narrowest, refill_one_in
+from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Outgoing
 from celery_batchtrack.vocabulary.states import Cause, Kind, Status
 
 from . import ending, failpoints, quarantine, report, results
@@ -22,30 +24,70 @@ from .tracker import Message, NotSent, Tracker, declared_callback
 
 #: No redispatch wait grows beyond this, in seconds.
 LONGEST_WAIT = 3600.0
+#: A batch whose queue is full is not looked at again for so many seconds.
+QUEUE_PAUSE = 0.25
 
 
-def pump(tracker: Tracker, batch_id: uuid.UUID | None = None) -> int:
-    """Publish what was never published for its attempt, of one batch or of all. Returns how many.
+def begin(tracker: Tracker, batch_id: uuid.UUID) -> None:
+    """Publish a batch that was sealed just now: here if it is small or goes through a window, else by workers."""
+    batch = tracker.store.batch(batch_id)
+    if batch is None or not (_is_large(tracker, batch) and _hand_out(tracker, batch)):
+        pump(tracker, batch_id)
+
+
+def _is_large(tracker: Tracker, batch: BatchRow) -> bool:
+    return batch.next_position > tracker.settings.fan_out and _window(tracker, batch) is None and not _rate(batch)
+
+
+def _hand_out(tracker: Tracker, batch: BatchRow) -> bool:
+    """To workers of the queue where its first child is to go: they are there, whoever else is."""
+    first = tracker.store.first_undispatched(batch.id)
+    rows = max(tracker.settings.dispatch_chunk, tracker.settings.fan_out // 2)
+    return first is not None and tracker.publisher.hand_out(batch.id, -(-batch.next_position // rows), rows, *first)
+
+
+def pump(tracker: Tracker, batch_id: uuid.UUID | None = None, limit: int | None = None) -> int:
+    """Publish what was never published for its attempt, of one batch or of all, as far as windows, rates and full
+    queues let it. Returns how many.
 
     Each chunk is stamped, committed, and only then sent: dying in between leaves stamped rows without
     a message, which `redispatch` finds. A broker that is down ends the loop; the rows stay due.
+
+    Arguments:
+        limit: of each batch, about so many at most.
     """
     batches = tracker.store.undispatched() if batch_id is None else [batch_id]
     sent = 0
     for each in batches:
-        count, down = _pump(tracker, each)
+        count, down = _pump(tracker, each, limit)
         sent += count
         if down:
             break
     return sent
 
 
-def _pump(tracker: Tracker, batch_id: uuid.UUID) -> tuple[int, bool]:
-    chunk = tracker.settings.dispatch_chunk
+def refill(tracker: Tracker, batch_id: uuid.UUID, one_in: int) -> None:
+    """A child of a batch with a window is over. One in so many fills the window up."""
+    if one_in and random.randrange(one_in) == 0:
+        pump(tracker, batch_id)
+
+
+def go_on(tracker: Tracker) -> bool:
+    """Publish what was held back until now, by its rate or by a full queue. Whether more is held back."""
+    for batch_id in tracker.store.held_back():
+        pump(tracker, batch_id)
+    return tracker.store.any_held_back()
+
+
+def _pump(tracker: Tracker, batch_id: uuid.UUID, limit: int | None) -> tuple[int, bool]:
+    settings, paced = tracker.settings, tracker.publisher.paced
+    chunk = min(settings.dispatch_chunk, settings.max_queue_depth or settings.dispatch_chunk)
     sent, unsent = 0, []
     try:
         while True:
-            taken = tracker.store.take_undispatched(batch_id, chunk)
+            taken = tracker.store.take_undispatched(batch_id, chunk, shared=settings.max_in_flight, paced=paced)
+            if paced and settings.max_queue_depth is not None:
+                taken = _that_queues_have_room_for(tracker, taken, settings.max_queue_depth)
             failpoints.reach("dispatch.stamped")
             failures, count, withheld = _send(tracker, taken)
             sent += count
@@ -53,11 +95,31 @@ def _pump(tracker: Tracker, batch_id: uuid.UUID) -> tuple[int, bool]:
             down = any(each.down for each in failures)
             # What can never be sent was settled or split, and callbacks or parts may be due for that: look once more.
             more = withheld or any(each.final for each in failures)
-            if down or (len(taken) < chunk and not more):
+            if down or (len(taken) < chunk and not more) or (limit is not None and sent >= limit):
                 return sent, down
     finally:
         if unsent:  # only now, or the next chunk would be the same rows again
             tracker.store.give_back(unsent)
+
+
+def _that_queues_have_room_for(tracker: Tracker, taken: list[Outgoing], depth: int) -> list[Outgoing]:
+    """The rest is given back, and its batches are held for a moment."""
+    where: dict[tuple[str | None, str], list[Outgoing]] = defaultdict(list)
+    kept, surplus = [], []
+    for out in taken:
+        row = out.child
+        if row.kind != Kind.CHILD or row.task in CANVAS:
+            kept.append(out)
+        else:
+            where[row.queue, "" if row.queue else row.task].append(out)
+    for place, rows in where.items():
+        length = tracker.publisher.queue_length(*place)
+        room = len(rows) if length is None else max(0, depth - length)
+        kept += rows[:room]
+        surplus += rows[room:]
+    if surplus:
+        tracker.store.hold_back([each.child for each in surplus], QUEUE_PAUSE)
+    return kept
 
 
 #: A worker was just lost: messages that it had prefetched are gone, or held back by the broker for long.
@@ -191,8 +253,9 @@ def message_of(tracker: Tracker, out: Outgoing) -> Message:
     )
     if row.kind == Kind.CHILD:
         ticket = replace(
-            ticket, on_crash=batch.options.get("on_crash"), isolated=row.isolated, milestones=batch.watch_progress
-        )
+            ticket, on_crash=batch.options.get("on_crash"), isolated=row.isolated, milestones=batch.watch_progress,
+            refill=_refill_one_in(tracker, batch),
+        )  # fmt: skip
         return Message(row, batch, ticket)
     if row.link:
         return Message(row, batch, ticket)  # what it was called with is bound already
@@ -203,6 +266,21 @@ def message_of(tracker: Tracker, out: Outgoing) -> Message:
     # As with Celery's chord, a body comes from one of the header's tasks: there, the one that happened to be last.
     parent_id = tracker.store.header_task_id(row.batch_id) if row.kind == Kind.ON_SUCCESS else None
     return Message(row, batch, ticket, _prefix(tracker, out), parent_id)
+
+
+def _window(tracker: Tracker, batch: BatchRow) -> int | None:
+    """The narrowest of the windows through which the batch's children go."""
+    settings = tracker.settings
+    return narrowest(batch.max_in_flight, settings.max_in_flight, settings.max_queue_depth)
+
+
+def _rate(batch: BatchRow) -> Rate | None:
+    return Rate.parse(batch.options.get("rate"))
+
+
+def _refill_one_in(tracker: Tracker, batch: BatchRow) -> int:
+    rate = _rate(batch)
+    return refill_one_in(narrowest(_window(tracker, batch), None if rate is None else rate.burst))
 
 
 def _has_more(tracker: Tracker, row: ChildRow) -> bool:

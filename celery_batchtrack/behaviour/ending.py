@@ -111,7 +111,8 @@ def _after_join(tracker: Tracker, waiting: ChildRow, settled: Settled) -> list[u
     if not settled.written:
         return []
     parent = waiting.batch_id
-    due = [parent] if settled.callbacks or settled.successors else []
+    # It was sent, and so had a place in its batch's window, which is free now.
+    due = [parent] if settled.callbacks or settled.successors or waiting.dispatches else []
     if settled.look:
         ended = conclude(tracker, parent)
         due += ended.due if ended is not None else ()

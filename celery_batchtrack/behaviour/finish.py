@@ -16,9 +16,15 @@ from . import dispatch, ending
 from .tracker import Tracker
 
 
-def after(tracker: Tracker, key: ChildKey, settled: Settled, *, milestones: bool = True) -> None:
-    """What follows a settle's commit: the finish check, and callbacks that became due. `milestones`: whether the batch
-    may have such."""
+def after(
+    tracker: Tracker, key: ChildKey, settled: Settled, *, milestones: bool = True, refill: int = 1
+) -> None:
+    """What follows a settle's commit: the finish check, callbacks that became due, and the next children of a window.
+
+    Arguments:
+        milestones: whether the batch may have such callbacks.
+        refill: one in so many of such settles fills up the window; 0: there is none.
+    """
     due: list[uuid.UUID] = [key.batch_id] if settled.callbacks else []
     if milestones and settled.written and tracker.store.reach_milestones(key.batch_id):
         due.append(key.batch_id)
@@ -28,6 +34,8 @@ def after(tracker: Tracker, key: ChildKey, settled: Settled, *, milestones: bool
     if settled.body:
         due += ending.body_settled(tracker, key)
     _publish(tracker, due)
+    if settled.written and key.batch_id not in due:
+        dispatch.refill(tracker, key.batch_id, refill)
 
 
 def _publish(tracker: Tracker, due: Iterable[uuid.UUID]) -> None:
@@ -58,7 +66,7 @@ def milestones(tracker: Tracker, batch_id: uuid.UUID) -> None:
 def started(tracker: Tracker, batch_id: uuid.UUID) -> None:
     """What follows the seal's commit."""
     if look(tracker, batch_id) is None:
-        dispatch.pump(tracker, batch_id)
+        dispatch.begin(tracker, batch_id)
 
 
 def pause(tracker: Tracker, batch_id: uuid.UUID, reason: str = "by hand") -> bool:

@@ -157,8 +157,11 @@ class Runner:
             tracker.emit(events.LateWrite(key, ending.status))
         elif settled.written:
             tracker.emit(events.ChildSettled(key, run.task, ending.status, run.attempt))
-        milestones = run.ticket.milestones
-        _best_effort(tracker, run, lambda: finish.after(tracker, key, settled, milestones=milestones))
+        ticket = run.ticket
+        _best_effort(
+            tracker, run,
+            lambda: finish.after(tracker, key, settled, milestones=ticket.milestones, refill=ticket.refill),
+        )  # fmt: skip
         return settled
 
     def _surely_delivered(self, run: Run, ending: Ending) -> Settled:

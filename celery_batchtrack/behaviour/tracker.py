@@ -46,6 +46,13 @@ class NotSent:
 class Publisher(Protocol):
     """Sends messages to the broker; the only thing behaviour knows of it."""
 
+    @property
+    def paced(self) -> bool:
+        """Whether windows and rates make sense: not where children run at once, in this process."""
+
+    def hand_out(self, batch_id: uuid.UUID, shares: int, rows: int, queue: str | None, task: str) -> bool:
+        """Ask workers of a queue to send a batch's children, each share so many rows. False: nobody was asked."""
+
     def publish(self, messages: Sequence[Message]) -> list[NotSent]:
         """Send in order; answers those that were not sent. Never raises for a broker that is down."""
 

@@ -19,7 +19,7 @@ from typing import Any
 from celery.worker import state
 
 from celery_batchtrack import __version__, errors
-from celery_batchtrack.behaviour import blackbox, detector, finish, hosts, retention, run
+from celery_batchtrack.behaviour import blackbox, detector, dispatch, finish, hosts, retention, run
 from celery_batchtrack.behaviour.detector import Death, Reconciler, Sweeper
 from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.identity import WorkerIdentity
@@ -114,6 +114,8 @@ class Attendant:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._overslept = False
+        #: Children of some batch may be held back for a moment: to be sent when that is over.
+        self.sends_on = True
         self._explained_before: set[int] = set()
 
     # -- hooks: called on the hub, so they only queue ---------------------------------------------
@@ -195,11 +197,14 @@ class Attendant:
             pause = min(0.5, due - time.monotonic()) if self._waiting else due - time.monotonic()
             self._take(max(0.0, min(pause, self.stalls.interval)))
             self._guarded(self._look_at_runs)
+            if self.sends_on:
+                self._guarded(self._send_on)
             if time.monotonic() >= due:
                 due = time.monotonic() + heartbeat
                 self._guarded(self._look_at_processes)
                 self._guarded(self.reconciler.beat)
                 self._guarded(self._on_beat)
+                self.sends_on = True
                 self._guarded(self._sweep_if_overdue)
             if time.monotonic() >= prune_at:
                 prune_at = time.monotonic() + _PRUNE_EVERY
@@ -218,6 +223,12 @@ class Attendant:
         for death in self.stalls.look(anew=self._overslept):  # before the pool's own news, which know but the signal
             self._waiting.append(partial(self._judge, death))
             self._work_off()
+
+    def _send_on(self) -> None:
+        """Each second while something is held back, else with each heartbeat."""
+        self.sends_on = False  # before the look: who sets it meanwhile may have seen more
+        if dispatch.go_on(self.tracker):
+            self.sends_on = True
 
     def _look_at_processes(self) -> None:
         """What can be asked only while they live."""

@@ -20,7 +20,7 @@ from celery import current_app
 from celery._state import _get_active_apps
 
 from celery_batchtrack import __version__, errors
-from celery_batchtrack.behaviour import blackbox, fatal, folders, hosts, retention
+from celery_batchtrack.behaviour import blackbox, dispatch, fatal, folders, hosts, retention
 from celery_batchtrack.behaviour.detector import Sweep, Sweeper
 from celery_batchtrack.behaviour.folders import Boxes
 from celery_batchtrack.behaviour.identity import WorkerIdentity
@@ -36,7 +36,7 @@ from .attendant import Attendant, Pulse
 from .backend import AppBackend, TablesBackend
 from .embedded import alias
 from .isolation import Gate, IsolatedQueues, send_back
-from .publish import AppPublisher
+from .publish import DISPATCH_TASK, AppPublisher
 from .request import TrackedRequest
 from .tracked_task import track
 
@@ -156,6 +156,11 @@ class BatchTrack:
         def prune() -> int:
             """Delete batches whose retention is over."""
             return self.prune()
+
+        @self.app.task(name=DISPATCH_TASK, ignore_result=True, shared=False)  # type: ignore[untyped-decorator, unused-ignore]
+        def send(batch_id: str, rows: int) -> int:
+            """Send a share of a large batch's children."""
+            return dispatch.pump(self.tracker, uuid.UUID(batch_id), limit=rows)
 
     def _schedule(self, sender: Any = None, source: Any = None, **_: Any) -> None:
         """Put the detector into beat's schedule, unless the user's schedule has it under any name."""

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 from celery_batchtrack import errors
 from celery_batchtrack.behaviour import rounds
 from celery_batchtrack.vocabulary.crash_policy import CrashPolicy
+from celery_batchtrack.vocabulary.pacing import Pace
 from celery_batchtrack.vocabulary.policies import CrashRate, Tolerance
 from celery_batchtrack.vocabulary.settings import seconds, suggestion
 from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, Kind, Status
@@ -36,6 +37,12 @@ class BatchOptions(TypedDict, total=False):
     ``owner``: the application's own row that this batch goes with when that is deleted: ``{"upload": 4711}``, or an
     object of a model whose table is named in the setting `batchtrack_owners`.
     ``on_crash`` (a name or a `CrashPolicy`) and ``max_crashes``: instead of what the children's tasks declare.
+    ``max_in_flight``: so many of its children at most are at the broker or run; each that ends lets the next one go.
+    ``max_running``: so many at most run at the same time, and no more than these are sent.
+    ``rate``: so many are sent in a time: ``"10/s"``, ``"100/m"``, ``"5/h"``, or a number a second.
+    ``priority``: among batches that share the window `batchtrack_max_in_flight`, higher ones are served first
+    (default 0); equal ones take turns. It is not the priority of messages: that is the signature's.
+    ``queue``: where its children go that do not say so themselves, instead of where their task is routed.
     ``max_crash_rate``: text such as ``"20%"``: if more of the runs that ended within ``crash_window`` (seconds, or
     text; default 5 minutes) died, and at least three, the batch is paused; ``batch.resume()`` goes on.
     """
@@ -47,6 +54,11 @@ class BatchOptions(TypedDict, total=False):
     results: str
     on_crash: str | CrashPolicy
     max_crashes: int
+    max_in_flight: int
+    max_running: int
+    rate: str | float
+    priority: int
+    queue: str
     max_crash_rate: str
     crash_window: float | str | timedelta
     deadline: float | str | timedelta | datetime
@@ -111,6 +123,9 @@ def validated(options: Mapping[str, Any], default_name: str) -> ValidOptions:
         "results": options.get("results", "store"),
     }
     stored.update(_crash_options(options))
+    stored.update(Pace.parse(options).as_options())
+    if options.get("queue") is not None:
+        stored["queue"] = _queue("queue", options["queue"])
     milestones = _milestones(options.get("on_progress"))
     callbacks: dict[Kind, list[Any]] = {Kind.ON_PROGRESS: [callback for _, callback in milestones]}
     callbacks.update((kind, several(options.get(kind.value))) for kind in CALLBACK_KINDS if kind not in callbacks)
@@ -188,6 +203,12 @@ def _tags(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tags))
 
 
+def _queue(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= 255 or not _storable(value):
+        raise errors.InvalidOption(f"{name} must be a queue's name, not {value!r:.100}")
+    return value
+
+
 def _metadata(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
@@ -260,9 +281,9 @@ def overridden(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     for name in overrides:
         if name not in _OVERRIDES:
             raise errors.InvalidOption(f"overrides knows no {name!r}{suggestion(str(name), list(_OVERRIDES))}")
-    queue, kwargs = overrides.get("queue"), overrides.get("kwargs", {})
-    if "queue" in overrides and not (isinstance(queue, str) and 0 < len(queue) <= 255):
-        raise errors.InvalidOption(f"overrides: queue must be a queue's name, not {queue!r:.100}")
+    kwargs = overrides.get("kwargs", {})
+    if "queue" in overrides:
+        _queue("overrides: queue", overrides["queue"])
     if not isinstance(kwargs, Mapping):
         raise errors.InvalidOption(f"overrides: kwargs must be a mapping, not {kwargs!r:.100}")
     codec.dumps(dict(overrides))

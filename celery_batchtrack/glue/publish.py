@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -76,8 +77,14 @@ def call_of(message: Message, *, rerouted: bool = True) -> tuple[list[Any], dict
 _HOPELESS = (KombuError, TypeError, ValueError, LookupError)
 
 
+#: The task by which workers send the children of a large batch: (batch id, rows).
+DISPATCH_TASK = "celery_batchtrack.dispatch"
+
+
 class BrokerPublisher:
     """Sends to the broker. A broker that is down is an answer, not an error."""
+
+    paced = True
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -129,12 +136,25 @@ class BrokerPublisher:
             options = {"ignore_result": task.ignore_result, **own, **options}
         self.app.send_task(message.row.task, args, kwargs, producer=producer, task_type=task, **options)
 
+    def hand_out(self, batch_id: uuid.UUID, shares: int, rows: int, queue: str | None, task: str) -> bool:
+        where = {"queue": queue} if queue else {}
+        try:
+            with _nobodys_context(), self.app.producer_or_acquire() as producer:
+                for _ in range(shares):
+                    self.app.send_task(
+                        DISPATCH_TASK, (str(batch_id), rows), producer=producer, ignore_result=True, **where
+                    )
+        except (*self._down(), *_HOPELESS) as error:
+            logger.warning("action=not_handed_out batch %s: %s (it is sent from here)", batch_id, _say(error))
+            return False
+        return True
+
     def queue_length(self, queue: str | None, task: str) -> int | None:
         name = queue or signatures.route(self.app, task, (), {}, {})
         if not name:
             return None
         try:
-            with self.app.connection_for_write() as connection, connection.channel() as channel:
+            with self.app.connection_or_acquire() as connection, connection.channel() as channel:
                 return int(channel.queue_declare(queue=name, passive=True).message_count)
         except self._down():
             return None
@@ -162,6 +182,8 @@ class EagerPublisher:
     What a child's end makes due waits until that child is over, so that a chain of a thousand links does not nest a
     thousand calls; what a task starts while it runs, it may wait for, so that runs at once.
     """
+
+    paced = False
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -200,6 +222,9 @@ class EagerPublisher:
             task.apply(args, kwargs, throw=False, **kept)
         return None
 
+    def hand_out(self, batch_id: uuid.UUID, shares: int, rows: int, queue: str | None, task: str) -> bool:
+        return False
+
     def queue_length(self, queue: str | None, task: str) -> int | None:
         return 0
 
@@ -218,6 +243,13 @@ class AppPublisher:
 
     def publish(self, messages: Sequence[Message]) -> list[NotSent]:
         return self._now().publish(messages)
+
+    @property
+    def paced(self) -> bool:
+        return self._now().paced
+
+    def hand_out(self, batch_id: uuid.UUID, shares: int, rows: int, queue: str | None, task: str) -> bool:
+        return self._now().hand_out(batch_id, shares, rows, queue, task)
 
     def queue_length(self, queue: str | None, task: str) -> int | None:
         return self._now().queue_length(queue, task)

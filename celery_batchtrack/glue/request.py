@@ -37,8 +37,10 @@ class TrackedRequest:
         return Ticket.from_header(header) if header is not None else None
 
     def on_accepted(self: Any, pid: int, time_accepted: float) -> None:
-        if HEADER in self.request_dict:
+        header = self.request_dict.get(HEADER)
+        if header is not None:
             self._batchtrack_started = hosts.started(pid)
+            _of_a_window(self, header)
         super().on_accepted(pid, time_accepted)  # type: ignore[misc]
 
     def on_timeout(self: Any, soft: bool, timeout: float) -> None:
@@ -76,6 +78,13 @@ class TrackedRequest:
         if self.batchtrack_ticket is not None:
             return False
         return bool(super()._retry_worker_lost(exc, exc_info))  # type: ignore[misc]
+
+
+def _of_a_window(request: Any, header: Any) -> None:
+    """Where children may be held back, somebody has to send them when their time comes."""
+    attendant = getattr(request.app.batchtrack, "attendant", None)
+    if attendant is not None and isinstance(header, dict) and header.get("refill"):
+        attendant.sends_on = True
 
 
 def _lost(request: Any, error: Any) -> None:

@@ -16,6 +16,7 @@ from celery.utils.functional import maybe_list
 from kombu.utils.uuid import uuid as new_task_id
 
 from celery_batchtrack.vocabulary.ids import uuid7
+from celery_batchtrack.vocabulary.pacing import Pace
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, NewBatch, NewChild, Step
 from celery_batchtrack.vocabulary.settings import Settings
 from celery_batchtrack.vocabulary.states import Kind
@@ -41,6 +42,10 @@ class _Made:
     expires_at: datetime | None
 
 
+#: Options of a signature that say where it goes.
+_ROUTING = ("queue", "exchange", "routing_key")
+
+
 def _made(
     app: Any, links: Sequence[Signature], role: str, batch: Mapping[str, Any], *, part_of_chord: bool = False,
     whole: bool = True,
@@ -52,6 +57,9 @@ def _made(
     if isinstance(first, (group, celery_chord)):
         return _made_of_canvas(first, rest, part_of_chord=part_of_chord)
     given = first.get("options") or {}
+    if batch.get("queue") and not any(given.get(name) for name in _ROUTING):
+        given = {**given, "queue": batch["queue"]}
+        first = {**first, "options": given}
     args, kwargs = tuple(first.get("args") or ()), dict(first.get("kwargs") or {})
     task = app.tasks.get(first["task"])
     items: tuple[str, ...] = ()
@@ -177,6 +185,7 @@ def new_batch(
         ]
         if not isinstance(app.backend, DisabledBackend):
             stored["tell"] = canvas.result_ids(body.signature)
+    pace = Pace.parse(stored)
     running = current_task.request if current_task and not current_task.request.called_directly else None
     parent = running if parent_id is None and parent_batch is None else None
     return NewBatch(
@@ -199,6 +208,8 @@ def new_batch(
         metadata=valid.metadata,
         deadline_in=valid.deadline_in,
         deadline=valid.deadline,
+        max_in_flight=pace.window,
+        priority=pace.priority,
         owner=owner.owner_of(settings, valid.owner),
     )
 
@@ -274,6 +285,10 @@ def _with_callbacks(body: Any, link: Any, link_error: Any) -> Any:
     return body
 
 
+#: Options that a group or chord within a child has from that child's batch, unless it says otherwise.
+_INHERITED = ("on_crash", "max_in_flight", "priority", "queue")
+
+
 class AppCanvas:
     """`behaviour.tracker.Canvas` for one app."""
 
@@ -295,8 +310,9 @@ class AppCanvas:
             children = [replace(each, result_id=each.result_id or each.task_id) for each in children]
         elif batch.options.get("results") == "none" and body is None:
             own["results"] = "none"
-        if batch.options.get("on_crash") and "on_crash" not in valid.stored:
-            own["on_crash"] = batch.options["on_crash"]
+        for name in _INHERITED:
+            if batch.options.get(name) is not None and name not in valid.stored:
+                own[name] = batch.options[name]
         new = new_batch(
             self.app, self.settings, valid, uuid7(), batch.headers, body=body,
             root_id=signature.options.get("root_id") or batch.root_id,

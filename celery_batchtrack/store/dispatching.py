@@ -1,4 +1,4 @@
-"""Rows that wait to be published: taken, stamped, and given back when publishing failed."""
+"""Rows that wait to be published: taken within their batch's limits, stamped, given back when publishing failed."""
 
 from __future__ import annotations
 
@@ -9,28 +9,25 @@ import sqlalchemy as sa
 
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
+from celery_batchtrack.vocabulary.pacing import Contender, turns
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Outgoing
 from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, BatchStatus, Cause, Kind, Status
 
+from . import windows
 from .clock import age, later, now
 from .engine import Connected
 from .incidents import Attempt, record
-from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
+from .rows import CHILD_COLUMNS, child_row
 from .schema import batch, child
+from .transitions import lock_in_order
 
 _CALLBACKS = [each.value for each in CALLBACK_KINDS]
+_NEVER = child.c.dispatched_at.is_(None)
 
 
 def _publishable() -> sa.ColumnElement[bool]:
     """A children's batch must run (or be open with start="now"); a callback's round must be current."""
-    header = sa.and_(
-        child.c.kind == Kind.CHILD.value,
-        sa.or_(
-            batch.c.status == BatchStatus.RUNNING.value,
-            sa.and_(batch.c.status == BatchStatus.OPEN.value, batch.c.start_now),
-        ),
-        batch.c.paused_at.is_(None),
-    )
+    header = sa.and_(child.c.kind == Kind.CHILD.value, windows.lets_children_run())
     called = sa.and_(child.c.kind != Kind.CHILD.value, child.c.round == batch.c.round)
     return sa.and_(child.c.status == Status.PENDING.value, child.c.waits_on_batch.is_(None), sa.or_(header, called))
 
@@ -44,27 +41,99 @@ class Dispatching(Connected):
             child.c.status == Status.PENDING.value, child.c.dispatched_at.is_(None), child.c.waits_on_batch.is_(None)
         )
         waiting = sa.exists().where(child.c.kind == Kind.CHILD.value, child.c.batch_id == batch.c.id, never)
-        alive = sa.select(batch.c.id).where(
-            sa.or_(
-                batch.c.status == BatchStatus.RUNNING.value,
-                sa.and_(batch.c.status == BatchStatus.OPEN.value, batch.c.start_now),
-            ),
-            batch.c.paused_at.is_(None),
-            waiting,
-        )
+        alive = sa.select(batch.c.id).where(windows.lets_children_run(), waiting)
         called = sa.select(child.c.batch_id).where(child.c.kind.in_(_CALLBACKS), never)
         with self.read() as connection:
             found = {*connection.execute(alive).scalars(), *connection.execute(called).scalars()}
         return sorted(found)
 
-    def take_undispatched(self, batch_id: uuid.UUID | None, limit: int) -> list[Outgoing]:
-        """Up to `limit` rows that were never published for their attempt, of one batch or of all."""
-        if batch_id is not None:
-            return self._take(batch_id, child.c.dispatched_at.is_(None), limit)
+    def take_undispatched(
+        self, batch_id: uuid.UUID | None, limit: int, *, shared: int | None = None, paced: bool = True
+    ) -> list[Outgoing]:
+        """Up to `limit` rows that were never published for their attempt, of one batch or of all, within the limits
+        of each batch.
+
+        Arguments:
+            shared: a window that all batches share. The children are then those whose turn it is, of any batch.
+            paced: without it no limits count.
+        """
+        if batch_id is None:
+            taken: list[Outgoing] = []
+            for each in self.undispatched():
+                taken += self.take_undispatched(each, limit - len(taken), shared=shared, paced=paced)
+            return taken
+        if shared is None or not paced:
+            return self._take(batch_id, _NEVER, limit, paced=paced)
+        taken = self._take(batch_id, _NEVER, limit, children=False)
+        return taken + self._take_turns(shared, limit - len(taken))
+
+    def _take_turns(self, shared: int, limit: int) -> list[Outgoing]:
+        """Children of all batches, each in its turn, as far as the window that they share lets them."""
         taken: list[Outgoing] = []
-        for each in self.undispatched():
-            taken += self._take(each, child.c.dispatched_at.is_(None), limit - len(taken))
+        with self.write() as connection:
+            windows.lock_shared(connection)
+            flying = windows.all_in_flight(connection)
+            free = min(limit, shared - sum(flying.values()))
+            owners = windows.contenders(connection) if free > 0 else []
+            while free > 0 and owners:
+                got = self._take_one_turn(connection, owners, flying, free)
+                taken += got
+                free -= len(got)
+                if not got:
+                    break
         return taken
+
+    def _take_one_turn(
+        self, connection: sa.Connection, owners: list[BatchRow], flying: dict[uuid.UUID, int], free: int
+    ) -> list[Outgoing]:
+        """Who has fewer children left than it may send drops out of `owners`: what it leaves is for the others."""
+        given = turns(free, [Contender(each.id, each.priority, flying.get(each.id, 0)) for each in owners])
+        taken: list[Outgoing] = []
+        for batch_id in sorted(given):  # as every writer of several locks them
+            owner = windows.owner(connection, batch_id, lock=True)
+            rows = [] if owner is None else _take_children(connection, owner, _NEVER, given[batch_id])
+            if owner is None or len(rows) < given[batch_id]:
+                owners[:] = [each for each in owners if each.id != batch_id]
+            flying[batch_id] = flying.get(batch_id, 0) + len(rows)
+            taken += [Outgoing(row, owner) for row in rows if owner is not None]
+        return taken
+
+    def held_back(self) -> list[uuid.UUID]:
+        """Batches whose children were held back until about now."""
+        query = sa.select(batch.c.id).where(windows.lets_children_run(), batch.c.dispatch_at <= now())
+        with self.read() as connection:
+            return list(connection.execute(query).scalars())
+
+    def any_held_back(self) -> bool:
+        """Whether any batch's children are held back, now or for a while to come."""
+        query = sa.select(sa.exists().where(windows.lets_children_run(), batch.c.dispatch_at.is_not(None)))
+        with self.read() as connection:
+            return bool(connection.execute(query).scalar_one())
+
+    def first_undispatched(self, batch_id: uuid.UUID) -> tuple[str | None, str] | None:
+        """Where the first of a batch's children that were never sent is to go: (queue, its task); None: there is
+        none."""
+        waiting = sa.and_(
+            child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value, child.c.status == Status.PENDING.value,
+            _NEVER,
+        )  # fmt: skip
+        query = sa.select(child.c.queue, child.c.task).where(waiting).order_by(child.c.position).limit(1)
+        with self.read() as connection:
+            found = connection.execute(query).one_or_none()
+        return None if found is None else (found.queue, found.task)
+
+    def hold_back(self, rows: Iterable[ChildRow], delay: float) -> None:
+        """Taken for nothing: as if these had not been, and send no children of their batches for so many seconds."""
+        with self.write() as connection:
+            for batch_id, positions in sorted(_by_batch(row.key for row in rows).items()):
+                windows.hold(connection, batch_id, delay)
+                here = sa.and_(child.c.batch_id == batch_id, child.c.position.in_(positions))
+                lock_in_order(connection, here)
+                connection.execute(
+                    sa.update(child)
+                    .where(here, child.c.status == Status.PENDING.value)
+                    .values(dispatched_at=None, dispatches=child.c.dispatches - 1)
+                )
 
     def overdue_queues(self, after: float) -> list[tuple[str | None, str]]:
         """Where pending rows wait whose last publish is older than `after` seconds: (queue, ""), or (None, task)
@@ -116,26 +185,26 @@ class Dispatching(Connected):
         taken: list[Outgoing] = []
         for batch_id, positions in _by_batch(keys).items():
             wanted = sa.and_(child.c.position.in_(positions), child.c.dispatched_at <= later(-after))
-            taken += self._take(batch_id, wanted, len(positions), lost)
+            taken += self._take(batch_id, wanted, len(positions), lost, paced=False)  # they have their places
         return taken
 
     def _take(
-        self, batch_id: uuid.UUID, wanted: sa.ColumnElement[bool], limit: int, lost: Container[ChildKey] = ()
-    ) -> list[Outgoing]:
+        self, batch_id: uuid.UUID, wanted: sa.ColumnElement[bool], limit: int, lost: Container[ChildKey] = (), *,
+        children: bool = True, paced: bool = True,
+    ) -> list[Outgoing]:  # fmt: skip
         """Stamp rows of one batch: callbacks of its round first, then children, if it lets them run.
 
         The batch is read first and not joined: joined, every chunk would sort all that is left.
         """
         with self.write() as connection:
-            found = connection.execute(sa.select(*BATCH_COLUMNS).where(batch.c.id == batch_id)).one_or_none()
-            if found is None or limit <= 0:
+            owner = windows.owner(connection, batch_id, lock=children and paced)
+            if owner is None or limit <= 0:
                 return []
-            owner = batch_row(found)
             called = sa.and_(child.c.kind.in_(_CALLBACKS), child.c.round == owner.round)
             rows = _stamp(connection, batch_id, sa.and_(wanted, called), limit)
-            if _lets_children_run(owner) and len(rows) < limit:
-                header = sa.and_(wanted, child.c.kind == Kind.CHILD.value)
-                rows += _stamp(connection, batch_id, header, limit - len(rows))
+            if children and len(rows) < limit:
+                take = _take_children if paced else _stamp_children
+                rows += take(connection, owner, wanted, limit - len(rows))
             for row in rows:
                 if row.key in lost:
                     record(connection, Attempt.of(row), "redispatched", _lost(row))
@@ -178,6 +247,29 @@ def _lost(row: ChildRow) -> Evidence:
 def _lets_children_run(row: BatchRow) -> bool:
     alive = row.status == BatchStatus.RUNNING or (row.status == BatchStatus.OPEN and row.start_now)
     return alive and row.paused_at is None
+
+
+def _take_children(
+    connection: sa.Connection, owner: BatchRow, wanted: sa.ColumnElement[bool], limit: int
+) -> list[ChildRow]:
+    """Stamp children within the limits of their batch, whose row is locked if it has any."""
+    if not _lets_children_run(owner) or windows.is_held(connection, owner):
+        return []
+    if owner.max_in_flight is not None:
+        limit = min(limit, owner.max_in_flight - windows.in_flight(connection, owner.id))
+        wanted = sa.and_(wanted, windows.due())
+    allowed = windows.allowance(connection, owner)
+    rows = _stamp_children(connection, owner, wanted, limit if allowed is None else min(limit, int(allowed)))
+    windows.taken(connection, owner, allowed, len(rows))
+    return rows
+
+
+def _stamp_children(
+    connection: sa.Connection, owner: BatchRow, wanted: sa.ColumnElement[bool], limit: int
+) -> list[ChildRow]:
+    if limit <= 0 or not _lets_children_run(owner):
+        return []
+    return _stamp(connection, owner.id, sa.and_(wanted, child.c.kind == Kind.CHILD.value), limit)
 
 
 def _stamp(

@@ -44,6 +44,9 @@ def _where(text: str) -> Any:
 _OPEN = _one_of("status", OPEN)
 #: Batches that a deadline may end. A query says it in these very words, or the index is not found.
 DUE = "status IN ('open', 'running') AND deadline_at IS NOT NULL"
+#: Children that take a place in their batch's window beside those that run: sent, or waiting for the batch that they
+#: became. A query says it in these very words, or the index is not found.
+ON_THEIR_WAY = "status = 'pending' AND (dispatched_at IS NOT NULL OR waits_on_batch IS NOT NULL)"
 #: Incidents of runs that went down with their worker. A query says it in these very words, or the index is not found.
 WITH_ITS_WORKER = "cause = 'worker_lost' OR detected_by IN ('host', 'lease')"
 
@@ -112,6 +115,10 @@ batch = sa.Table(
     sa.Column("tags", Json),
     sa.Column("metadata", Json),
     sa.Column("deadline_at", Moment),
+    sa.Column("max_in_flight", sa.Integer),  # its window: the narrower of max_in_flight and max_running
+    sa.Column("priority", sa.SmallInteger, nullable=False, server_default="0"),
+    sa.Column("dispatch_at", Moment),  # its children are held back until then
+    sa.Column("paid_until", Moment),  # of its rate: see `pacing.Rate`
     sa.Column("shards", sa.SmallInteger, nullable=False),
     sa.Column("opened_by", Identifier),
     sa.Column("next_position", sa.BigInteger, nullable=False, server_default="0"),
@@ -129,6 +136,7 @@ batch = sa.Table(
     sa.CheckConstraint("status <> 'running' OR sealed_at IS NOT NULL", name="sealed"),
     sa.CheckConstraint("status <> 'open' OR sealed_at IS NULL", name="unsealed"),
     sa.CheckConstraint("(status = 'cancelled') = (reason IS NOT NULL)", name="reason"),
+    sa.CheckConstraint("max_in_flight > 0", name="max_in_flight"),
     sa.ForeignKeyConstraint(
         ["parent_batch"], ["batchtrack_batch.id"], ondelete="CASCADE", name="fk_batchtrack_batch_parent_batch"
     ),
@@ -139,6 +147,7 @@ batch = sa.Table(
     sa.Index("batchtrack_batch_deadline", "deadline_at", **_where(DUE)),
     sa.Index("batchtrack_batch_result", "result_id", **_where("result_id IS NOT NULL")),
     sa.Index("batchtrack_batch_untold", "id", **_where("untold")),
+    sa.Index("batchtrack_batch_held", "dispatch_at", **_where("dispatch_at IS NOT NULL")),
 )
 
 child = sa.Table(
@@ -218,6 +227,8 @@ child = sa.Table(
     sa.Index(
         "batchtrack_child_dispatched", "dispatched_at", **_where("status = 'pending' AND dispatched_at IS NOT NULL")
     ),
+    # How much of its window a batch has taken.
+    sa.Index("batchtrack_child_on_their_way", "batch_id", **_where(ON_THEIR_WAY)),
 )  # fmt: skip
 
 tally = sa.Table(

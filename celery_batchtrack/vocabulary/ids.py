@@ -81,6 +81,8 @@ class Ticket:
     more: bool = False
     #: The batch has `on_progress` callbacks.
     milestones: bool = False
+    #: One in so many settles fills up the window that it was sent through; 0: there is none.
+    refill: int = 0
 
     def as_header(self) -> dict[str, Any]:
         """The JSON form that travels in the message header `HEADER`."""
@@ -104,6 +106,8 @@ class Ticket:
             header["more"] = True
         if self.milestones:
             header["milestones"] = True
+        if self.refill:
+            header["refill"] = self.refill
         return header
 
     @classmethod
@@ -124,6 +128,7 @@ class Ticket:
                 isolated=header.get("isolated") is True,
                 more=header.get("more") is True,
                 milestones=header.get("milestones") is True,
+                refill=max(0, int(header.get("refill", 0))),
             )
         except (LookupError, ValueError, TypeError, AttributeError, OverflowError):
             return None

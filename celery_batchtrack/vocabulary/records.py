@@ -57,6 +57,8 @@ class NewBatch:
     #: Seconds from now (database clock) after which what is open is cancelled, or an absolute time.
     deadline_in: float | None = None
     deadline: datetime | None = None
+    max_in_flight: int | None = None  # its window
+    priority: int = 0
     #: (name of the owner as configured, its primary key).
     owner: tuple[str, Any] | None = None
 
@@ -83,6 +85,9 @@ class BatchRow:
     opened_by: uuid.UUID | None
     next_position: int
     watch_progress: bool
+    max_in_flight: int | None
+    priority: int
+    dispatch_at: datetime | None
     result_id: str | None
     description: str | None
     tags: list[str] | None

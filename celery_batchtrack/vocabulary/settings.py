@@ -64,6 +64,10 @@ def _count(value: Any) -> int:
     return int(number)
 
 
+def _optional_count(value: Any) -> int | None:
+    return None if value is None or value == "" else _count(value)
+
+
 def _boolean(value: Any) -> bool:
     if isinstance(value, str):
         lowered = value.strip().lower()
@@ -175,6 +179,25 @@ class Settings:
         600.0, _positive, "seconds", "a pending child whose queue is not empty is published again after this, doubling"
     )
     dispatch_chunk: int = _setting(500, _count, "children", "children taken for publishing in one transaction")
+    max_in_flight: int | None = _setting(
+        None,
+        _optional_count,
+        "children",
+        "the window that all batches share: so many children at most are at the broker or run; by default no limit. "
+        "Batches take turns, those of higher `priority` first. The same in every process",
+    )
+    max_queue_depth: int | None = _setting(
+        None,
+        _optional_count,
+        "messages",
+        "no child is sent to a queue in which so many messages lie; by default no limit",
+    )
+    fan_out: int = _setting(
+        10_000,
+        _count,
+        "children",
+        "a batch with more children than this, and without a window, is sent by the workers instead of by its parent",
+    )
     insert_chunk: int = _setting(1000, _count, "children", "children inserted in one block while streaming")
     max_crashes: int = _setting(3, _count, "deaths", "the death that ends a child under a policy that runs it again")
     retry_backoff: float = _setting(

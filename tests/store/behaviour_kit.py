@@ -38,6 +38,14 @@ class Outbox:
     default_length: int | None = 0
     asked: list[tuple[str | None, str]] = field(default_factory=list)
     terminated: list[str] = field(default_factory=list)
+    paced: bool = True
+    workers_there: bool = True
+    handed_out: list[tuple[uuid.UUID, int, int, str | None, str]] = field(default_factory=list)
+
+    def hand_out(self, batch_id: uuid.UUID, shares: int, rows: int, queue: str | None, task: str) -> bool:
+        if self.workers_there:
+            self.handed_out.append((batch_id, shares, rows, queue, task))
+        return self.workers_there
 
     def publish(self, messages: Sequence[Message]) -> list[NotSent]:
         if self.down:

@@ -164,6 +164,7 @@ BAD_BATCHES: dict[str, dict[str, Any]] = {
     "open, but sealed": {"status": "open"},
     "cancelled without a reason": {"status": "cancelled", "finished_at": now()},
     "completed for a reason": {"status": "completed", "finished_at": now(), "reason": "user"},
+    "a window that lets nothing through": {"max_in_flight": 0},
 }
 
 BAD_WORKERS: dict[str, dict[str, Any]] = {
@@ -303,7 +304,7 @@ def test_a_database_with_older_tables_is_refused_with_the_way_out(
     store: Store, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert store.store_id
-    monkeypatch.setattr(migrate, "_revisions", lambda: ("9998", {"0001", "0002", "0003", "9998"}))
+    monkeypatch.setattr(migrate, "_revisions", lambda: ("9998", {"0001", "0002", "0003", "0004", "9998"}))
     with pytest.raises(errors.SchemaOutdated, match="batchtrack migrate"):
         Store(database_url, auto_migrate=True).store_id
 
@@ -364,7 +365,7 @@ def test_several_processes_may_migrate_at_once(database_url: str) -> None:
 _ADDED = {
     "batchtrack_batch": {
         "pause_reason", "watch_crashes", "deaths", "crash_samples", "parent_batch", "parent_position", "watch_progress",
-        "untold", "result_id", "description", "tags", "metadata", "deadline_at",
+        "untold", "result_id", "description", "tags", "metadata", "deadline_at", "max_in_flight", "priority", "dispatch_at", "paid_until",
     },
     "batchtrack_child": {"origin", "isolated", "rerouted", "weight", "result_id"},
     "batchtrack_tally": {"weight_total", "weight_done"},

@@ -1,0 +1,139 @@
+"""How much of a window is taken, which batches share it, and what a rate allows. Called under the lock that keeps
+others from taking meanwhile."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import sqlalchemy as sa
+
+from celery_batchtrack.vocabulary.pacing import AHEAD, Rate
+from celery_batchtrack.vocabulary.records import BatchRow
+from celery_batchtrack.vocabulary.states import BatchStatus, Kind, Status
+
+from .clock import age, later, now
+from .rows import BATCH_COLUMNS, batch_row
+from .schema import ON_THEIR_WAY, batch, child, meta
+
+#: So many batches at most take turns in one look: the first by priority, then by age.
+_CONTENDERS = 200
+
+_IS_CHILD = child.c.kind == Kind.CHILD.value
+_RUNNING = sa.and_(child.c.status == Status.RUNNING.value, _IS_CHILD)
+_SENT = sa.and_(
+    child.c.status == Status.PENDING.value, child.c.dispatched_at.is_not(None), child.c.waits_on_batch.is_(None),
+    _IS_CHILD,
+)  # fmt: skip
+
+
+def lets_children_run() -> sa.ColumnElement[bool]:
+    """Of a batch: its children may be sent."""
+    alive = sa.or_(
+        batch.c.status == BatchStatus.RUNNING.value,
+        sa.and_(batch.c.status == BatchStatus.OPEN.value, batch.c.start_now),
+    )
+    return sa.and_(alive, batch.c.paused_at.is_(None))
+
+
+def due() -> sa.ColumnElement[bool]:
+    """Of a child: its time has come, or will soon. Until then it takes no place in a window."""
+    return sa.or_(child.c.not_before.is_(None), child.c.not_before <= later(AHEAD))
+
+
+def owner(connection: sa.Connection, batch_id: uuid.UUID, *, lock: bool) -> BatchRow | None:
+    """The batch's row. With `lock`, if the batch has limits, nobody else takes children of it before this transaction
+    is over; else what was taken meanwhile would not be seen."""
+    query = sa.select(*BATCH_COLUMNS).where(batch.c.id == batch_id)
+    found = connection.execute(query).one_or_none()
+    if found is not None and lock and is_limited(batch_row(found)):
+        found = connection.execute(query.with_for_update(key_share=True)).one_or_none()
+    return None if found is None else batch_row(found)
+
+
+def is_limited(row: BatchRow) -> bool:
+    return row.max_in_flight is not None or row.dispatch_at is not None or rate_of(row) is not None
+
+
+def lock_shared(connection: sa.Connection) -> None:
+    """Nobody else takes children through the shared window before this transaction is over."""
+    connection.execute(sa.select(meta.c.id).with_for_update())
+
+
+def in_flight(connection: sa.Connection, batch_id: uuid.UUID) -> int:
+    """Children of a batch that were sent or run, or were sent and became batches that they wait for."""
+    # A child that was made to wait for a batch, by `parent_batch=`, was never sent.
+    was_sent = sa.or_(child.c.dispatched_at.is_not(None), child.c.dispatches > 0)
+    sent = _count(sa.text(f"({ON_THEIR_WAY})"), child.c.batch_id == batch_id, was_sent, _IS_CHILD)
+    running = _count(_RUNNING, child.c.batch_id == batch_id)
+    return int(connection.execute(sa.select(sent.scalar_subquery() + running.scalar_subquery())).scalar_one())
+
+
+def _count(*wanted: Any) -> sa.Select[Any]:
+    return sa.select(sa.func.count()).select_from(child).where(*wanted)
+
+
+def all_in_flight(connection: sa.Connection) -> dict[uuid.UUID, int]:
+    """Children that were sent or run, of each batch that has any."""
+    # Two parts: each is read over the partial index that holds no other rows.
+    parts = [sa.select(child.c.batch_id).where(wanted) for wanted in (_SENT, _RUNNING)]
+    rows = sa.union_all(*parts).subquery()
+    query = sa.select(rows.c.batch_id, sa.func.count()).group_by(rows.c.batch_id)
+    return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def contenders(connection: sa.Connection) -> list[BatchRow]:
+    """Batches with children to be sent now, by priority and then by age."""
+    waiting = sa.exists().where(
+        child.c.batch_id == batch.c.id, _IS_CHILD, child.c.status == Status.PENDING.value,
+        child.c.dispatched_at.is_(None), child.c.waits_on_batch.is_(None), due(),
+    )  # fmt: skip
+    held = sa.and_(batch.c.dispatch_at.is_not(None), batch.c.dispatch_at > now())
+    query = (
+        sa.select(*BATCH_COLUMNS)
+        .where(lets_children_run(), sa.not_(held), waiting)
+        .order_by(batch.c.priority.desc(), batch.c.created_at, batch.c.id)
+        .limit(_CONTENDERS)
+    )
+    return [batch_row(row) for row in connection.execute(query)]
+
+
+def is_held(connection: sa.Connection, row: BatchRow) -> bool:
+    """Its children are held back for a moment."""
+    if row.dispatch_at is None:
+        return False
+    held = sa.select(batch.c.dispatch_at > now()).where(batch.c.id == row.id)
+    return bool(connection.execute(held).scalar_one())
+
+
+def hold(connection: sa.Connection, batch_id: uuid.UUID, delay: float) -> None:
+    """Send none of its children for so many seconds."""
+    connection.execute(sa.update(batch).where(batch.c.id == batch_id).values(dispatch_at=later(delay)))
+
+
+def allowance(connection: sa.Connection, row: BatchRow) -> float | None:
+    """How many children the batch's rate lets go now, parts of one included; None: it has no rate."""
+    rate = rate_of(row)
+    if rate is None:
+        return None
+    elapsed = connection.execute(sa.select(age(batch.c.paid_until)).where(batch.c.id == row.id)).scalar_one()
+    return rate.allowance(elapsed)
+
+
+def taken(connection: sa.Connection, row: BatchRow, allowed: float | None, sent: int) -> None:
+    """So many children were let go; if that was all that the rate allowed, the batch is held until the next one."""
+    values: dict[str, Any] = {}
+    if row.dispatch_at is not None:
+        values["dispatch_at"] = None
+    rate = rate_of(row)
+    if rate is not None and allowed is not None:
+        if sent:
+            values["paid_until"] = later(-rate.paid_since(allowed, sent))
+        if sent >= int(allowed):
+            values["dispatch_at"] = later(rate.wait(allowed, sent))
+    if values:
+        connection.execute(sa.update(batch).where(batch.c.id == row.id).values(values))
+
+
+def rate_of(row: BatchRow) -> Rate | None:
+    return Rate.parse(row.options.get("rate"))
