@@ -59,7 +59,7 @@ def pump(tracker: Tracker, batch_id: uuid.UUID | None = None, limit: int | None 
     batches = tracker.store.undispatched() if batch_id is None else [batch_id]
     sent = 0
     for each in batches:
-        count, down = _pump(tracker, each, limit)
+        count, down = _pump(tracker, each, limit=limit)
         sent += count
         if down:
             break
@@ -69,7 +69,7 @@ def pump(tracker: Tracker, batch_id: uuid.UUID | None = None, limit: int | None 
 def refill(tracker: Tracker, batch_id: uuid.UUID, one_in: int) -> None:
     """A child of a batch with a window is over. One in so many fills the window up."""
     if one_in and random.randrange(one_in) == 0:
-        pump(tracker, batch_id)
+        _pump(tracker, batch_id, callbacks=False)
 
 
 def go_on(tracker: Tracker) -> bool:
@@ -79,13 +79,17 @@ def go_on(tracker: Tracker) -> bool:
     return tracker.store.any_held_back()
 
 
-def _pump(tracker: Tracker, batch_id: uuid.UUID, limit: int | None) -> tuple[int, bool]:
+def _pump(
+    tracker: Tracker, batch_id: uuid.UUID, *, limit: int | None = None, callbacks: bool = True
+) -> tuple[int, bool]:
     settings, paced = tracker.settings, tracker.publisher.paced
     chunk = min(settings.dispatch_chunk, settings.max_queue_depth or settings.dispatch_chunk)
     sent, unsent = 0, []
     try:
         while True:
-            taken = tracker.store.take_undispatched(batch_id, chunk, shared=settings.max_in_flight, paced=paced)
+            taken = tracker.store.take_undispatched(
+                batch_id, chunk, shared=settings.max_in_flight, paced=paced, callbacks=callbacks
+            )
             if paced and settings.max_queue_depth is not None:
                 taken = _that_queues_have_room_for(tracker, taken, settings.max_queue_depth)
             failpoints.reach("dispatch.stamped")
@@ -95,6 +99,7 @@ def _pump(tracker: Tracker, batch_id: uuid.UUID, limit: int | None) -> tuple[int
             down = any(each.down for each in failures)
             # What can never be sent was settled or split, and callbacks or parts may be due for that: look once more.
             more = withheld or any(each.final for each in failures)
+            callbacks = callbacks or more
             if down or (len(taken) < chunk and not more) or (limit is not None and sent >= limit):
                 return sent, down
     finally:

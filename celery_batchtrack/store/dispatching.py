@@ -48,14 +48,16 @@ class Dispatching(Connected):
         return sorted(found)
 
     def take_undispatched(
-        self, batch_id: uuid.UUID | None, limit: int, *, shared: int | None = None, paced: bool = True
-    ) -> list[Outgoing]:
+        self, batch_id: uuid.UUID | None, limit: int, *, shared: int | None = None, paced: bool = True,
+        callbacks: bool = True,
+    ) -> list[Outgoing]:  # fmt: skip
         """Up to `limit` rows that were never published for their attempt, of one batch or of all, within the limits
         of each batch.
 
         Arguments:
             shared: a window that all batches share. The children are then those whose turn it is, of any batch.
             paced: without it no limits count.
+            callbacks: whether callbacks of the batch may be due, too.
         """
         if batch_id is None:
             taken: list[Outgoing] = []
@@ -63,8 +65,8 @@ class Dispatching(Connected):
                 taken += self.take_undispatched(each, limit - len(taken), shared=shared, paced=paced)
             return taken
         if shared is None or not paced:
-            return self._take(batch_id, _NEVER, limit, paced=paced)
-        taken = self._take(batch_id, _NEVER, limit, children=False)
+            return self._take(batch_id, _NEVER, limit, paced=paced, callbacks=callbacks)
+        taken = self._take(batch_id, _NEVER, limit, children=False) if callbacks else []
         return taken + self._take_turns(shared, limit - len(taken))
 
     def _take_turns(self, shared: int, limit: int) -> list[Outgoing]:
@@ -90,7 +92,7 @@ class Dispatching(Connected):
         given = turns(free, [Contender(each.id, each.priority, flying.get(each.id, 0)) for each in owners])
         taken: list[Outgoing] = []
         for batch_id in sorted(given):  # as every writer of several locks them
-            owner = windows.owner(connection, batch_id, lock=True)
+            owner = windows.owner(connection, batch_id, windows.Lock.IF_LIMITED)
             rows = [] if owner is None else _take_children(connection, owner, _NEVER, given[batch_id])
             if owner is None or len(rows) < given[batch_id]:
                 owners[:] = [each for each in owners if each.id != batch_id]
@@ -190,18 +192,19 @@ class Dispatching(Connected):
 
     def _take(
         self, batch_id: uuid.UUID, wanted: sa.ColumnElement[bool], limit: int, lost: Container[ChildKey] = (), *,
-        children: bool = True, paced: bool = True,
+        children: bool = True, callbacks: bool = True, paced: bool = True,
     ) -> list[Outgoing]:  # fmt: skip
         """Stamp rows of one batch: callbacks of its round first, then children, if it lets them run.
 
         The batch is read first and not joined: joined, every chunk would sort all that is left.
         """
         with self.write() as connection:
-            owner = windows.owner(connection, batch_id, lock=children and paced)
+            lock = windows.Lock.IF_LIMITED if children and paced else windows.Lock.NO
+            owner = windows.owner(connection, batch_id, lock if callbacks else windows.Lock.YES)
             if owner is None or limit <= 0:
                 return []
             called = sa.and_(child.c.kind.in_(_CALLBACKS), child.c.round == owner.round)
-            rows = _stamp(connection, batch_id, sa.and_(wanted, called), limit)
+            rows = _stamp(connection, batch_id, sa.and_(wanted, called), limit) if callbacks else []
             if children and len(rows) < limit:
                 take = _take_children if paced else _stamp_children
                 rows += take(connection, owner, wanted, limit - len(rows))

@@ -337,6 +337,19 @@ def nested_batch_is_waited_for(grace: float) -> sa.Select[Any]:
     )
 
 
+@check
+def window_is_kept(grace: float) -> sa.Select[Any]:
+    """No more children of a batch than its window lets through are at the broker, run, or wait for a batch that they
+    became."""
+    became = sa.and_(child.c.waits_on_batch.is_not(None), child.c.dispatches > 0)
+    sent = sa.or_(child.c.dispatched_at.is_not(None), became)
+    flying = sa.or_(child.c.status == Status.RUNNING.value, sa.and_(child.c.status == Status.PENDING.value, sent))
+    count = (
+        sa.select(sa.func.count()).where(child.c.batch_id == batch.c.id, _CHILD, flying).scalar_subquery()
+    )
+    return sa.select(_label(batch.c.id)).where(batch.c.max_in_flight.is_not(None), count > batch.c.max_in_flight)
+
+
 class Verifying(Connected):
     """Proves the promise on the data itself."""
 

@@ -4,6 +4,7 @@ others from taking meanwhile."""
 from __future__ import annotations
 
 import uuid
+from enum import Enum
 from typing import Any
 
 import sqlalchemy as sa
@@ -41,13 +42,21 @@ def due() -> sa.ColumnElement[bool]:
     return sa.or_(child.c.not_before.is_(None), child.c.not_before <= later(AHEAD))
 
 
-def owner(connection: sa.Connection, batch_id: uuid.UUID, *, lock: bool) -> BatchRow | None:
-    """The batch's row. With `lock`, if the batch has limits, nobody else takes children of it before this transaction
-    is over; else what was taken meanwhile would not be seen."""
+class Lock(Enum):
+    """Whether nobody else may take children of a batch before this transaction is over."""
+
+    NO = 0
+    IF_LIMITED = 1
+    YES = 2
+
+
+def owner(connection: sa.Connection, batch_id: uuid.UUID, lock: Lock) -> BatchRow | None:
+    """The batch's row, locked first where its limits count: what others took before is seen then."""
     query = sa.select(*BATCH_COLUMNS).where(batch.c.id == batch_id)
-    found = connection.execute(query).one_or_none()
-    if found is not None and lock and is_limited(batch_row(found)):
-        found = connection.execute(query.with_for_update(key_share=True)).one_or_none()
+    locked = query.with_for_update(key_share=True)
+    found = connection.execute(locked if lock is Lock.YES else query).one_or_none()
+    if found is not None and lock is Lock.IF_LIMITED and is_limited(batch_row(found)):
+        found = connection.execute(locked).one_or_none()
     return None if found is None else batch_row(found)
 
 

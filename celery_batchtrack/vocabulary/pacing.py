@@ -101,7 +101,7 @@ def refill_one_in(window: int | None) -> int:
     """One in so many settles, drawn at random, fills the window up; 0: there is none.
 
     To do it at each settle would cost a look at the whole window each time. As all children in flight settle, the
-    chance that none of them fills it up is below e^-31, and a sweep would.
+    chance that none of them fills it up is below e^-22, and a sweep would.
     """
     return 0 if window is None else 1 + window // _REFILLS
 

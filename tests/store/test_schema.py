@@ -365,7 +365,8 @@ def test_several_processes_may_migrate_at_once(database_url: str) -> None:
 _ADDED = {
     "batchtrack_batch": {
         "pause_reason", "watch_crashes", "deaths", "crash_samples", "parent_batch", "parent_position", "watch_progress",
-        "untold", "result_id", "description", "tags", "metadata", "deadline_at", "max_in_flight", "priority", "dispatch_at", "paid_until",
+        "untold", "result_id", "description", "tags", "metadata", "deadline_at",
+        "max_in_flight", "priority", "dispatch_at", "paid_until",
     },
     "batchtrack_child": {"origin", "isolated", "rerouted", "weight", "result_id"},
     "batchtrack_tally": {"weight_total", "weight_done"},

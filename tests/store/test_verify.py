@@ -65,6 +65,20 @@ def a_child_that_vanished(scene: Scene) -> None:
     scene.execute(_delete_rows(scene.batch(3), "child"))
 
 
+@breaks("window_is_kept")
+def more_children_run_than_their_window_lets_through(scene: Scene) -> None:
+    batch_id = scene.batch(3, max_in_flight=1)
+    scene.run(batch_id, 0)
+    scene.run(batch_id, 1)
+
+
+@breaks("window_is_kept")
+def more_messages_are_sent_than_their_window_lets_through(scene: Scene) -> None:
+    batch_id = scene.batch(3, max_in_flight=1)
+    for position in (0, 1):
+        scene.set_child(ChildKey(batch_id, position), dispatched_at=now())
+
+
 @breaks("every_child_has_a_tally")
 def a_shard_that_vanished(scene: Scene) -> None:
     batch_id = scene.batch(2)
