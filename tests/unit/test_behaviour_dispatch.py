@@ -20,7 +20,7 @@ from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.records import NewBatch, NewChild
 from celery_batchtrack.vocabulary.states import EndReason, Verdict
 from tests.store.behaviour_kit import Told, tracker_on
-from tests.store.kit import HERE, SEGFAULT, Scene, add_up, counts, refused, some
+from tests.store.kit import HERE, SEGFAULT, Scene, add_up, counts, refused, some, statements
 
 ALL = ("on_success", "on_failure", "on_first_failure", "on_finish")
 
@@ -364,3 +364,158 @@ def test_a_late_write_does_not_hide_how_the_child_died(scene: Scene, tracker: To
     assert scene.complete(claimed).late
     (unhappy,) = report.build(tracker, batch_id).unhappy
     assert unhappy.signal == "SIGSEGV"
+
+
+# -- windows, full queues, large batches -----------------------------------------------------------
+
+
+def _work(scene: Scene, tracker: Told) -> int:
+    """Run what was sent, and what follows, to the end; how many were in flight at most."""
+    most = 0
+    while tracker.outbox.sent:
+        most = max(most, len(tracker.outbox.sent))
+        message = tracker.outbox.sent.pop(0)
+        claimed = scene.run(message.row.batch_id, message.row.position)
+        finish.after(tracker, message.row.key, scene.complete(claimed), refill=message.ticket.refill)
+    return most
+
+
+def test_each_end_lets_the_next_child_of_a_window_go(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch(20, max_in_flight=3)
+    assert dispatch.pump(tracker, batch_id) == 3
+    assert all(each.ticket.refill == 1 for each in tracker.outbox.sent), "so small a window is filled up at each end"
+    assert _work(scene, tracker) == 3
+    assert scene.status(batch_id) == "completed" and add_up(scene, batch_id)
+
+
+def test_of_a_wide_window_one_in_so_many_ends_fills_it_up(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = tracker_on(scene.store)
+    batch_id = scene.batch(100, max_in_flight=64)
+    dispatch.pump(tracker, batch_id)
+    drawn = iter([2, 1, 0])
+    monkeypatch.setattr(dispatch.random, "randrange", lambda one_in: next(drawn) if one_in == 3 else None)
+    for left in (63, 62, 64):
+        message = tracker.outbox.sent.pop(0)
+        claimed = scene.run(batch_id, message.row.position)
+        finish.after(tracker, message.row.key, scene.complete(claimed), refill=message.ticket.refill)
+        assert len(tracker.outbox.sent) == left
+
+
+def test_without_a_window_an_end_looks_for_nothing_to_send(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch(3, shards=1)
+    dispatch.pump(tracker, batch_id)
+    message = tracker.outbox.sent[0]
+    assert message.ticket.refill == 0 and "refill" not in message.ticket.as_header()
+    settled = scene.complete(scene.run(batch_id, 0))
+    with statements(scene.store.engine) as sent:
+        finish.after(tracker, message.row.key, settled, milestones=False, refill=message.ticket.refill)
+    assert sent == []
+
+
+def test_an_end_that_somebody_else_saw_fills_the_window_up_too(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch(2, max_in_flight=1, options={"tolerance": 2})
+    dispatch.pump(tracker, batch_id)
+    scene.run(batch_id, 0)
+    row = scene.at(batch_id, 0)
+    recovery.run_died(tracker, row, SEGFAULT, Verdict.OBSERVED)
+    assert [each.row.position for each in tracker.outbox.sent] == [0, 1]
+
+
+def test_a_sweep_fills_a_window_up_whose_places_were_forgotten(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch(5, max_in_flight=2)
+    dispatch.pump(tracker, batch_id)
+    for position in (0, 1):  # their processes died right after the commit
+        scene.complete(scene.run(batch_id, position))
+    tracker.outbox.sent.clear()
+    assert dispatch.pump(tracker) == 2
+
+
+def test_children_that_can_never_be_sent_do_not_shut_a_window(scene: Scene, tracker: Told) -> None:
+    batch_id = scene.batch(5, max_in_flight=1, options={"tolerance": 5})
+    tracker.outbox.refuse = {0: True, 1: True, 2: True}
+    assert dispatch.pump(tracker, batch_id) == 1
+    assert scene.statuses(batch_id) == ["failed", "failed", "failed", "pending", "pending"]
+    assert [key.position for key in tracker.outbox.published()] == [3]
+
+
+def test_a_shared_window_serves_the_small_batch_beside_the_large_one(scene: Scene) -> None:
+    tracker = tracker_on(scene.store, max_in_flight=8)
+    large, small = scene.batch(200), scene.batch(10)
+    dispatch.pump(tracker, large)
+    assert len(tracker.outbox.sent) == 8
+    ended: dict[uuid.UUID, int] = {}
+    for turn in range(210):
+        message = tracker.outbox.sent.pop(0)
+        claimed = scene.run(message.row.batch_id, message.row.position)
+        finish.after(tracker, message.row.key, scene.complete(claimed), refill=message.ticket.refill)
+        assert len(tracker.outbox.sent) <= 8
+        for each in (large, small):
+            if each not in ended and scene.status(each) == "completed":
+                ended[each] = turn
+    assert ended[small] < 40 and ended[large] == 209
+
+
+def test_a_full_queue_gets_no_more_and_its_batch_is_looked_at_again_soon(scene: Scene) -> None:
+    tracker = tracker_on(scene.store, max_queue_depth=5)
+    batch_id = scene.batch(some(10, queue="slow"))
+    tracker.outbox.lengths["slow"] = 3
+    assert dispatch.pump(tracker, batch_id) == 2
+    assert [row.dispatches for row in scene.rows(batch_id)] == [1, 1] + [0] * 8, "nothing else counts as sent"
+    assert scene.store.any_held_back()
+    tracker.outbox.lengths["slow"] = 0
+    assert dispatch.pump(tracker, batch_id) == 0, "not at once: a full queue is not asked all the time"
+    scene.set_batch(batch_id, dispatch_at=later(-1.0))
+    tracker.outbox.lengths["slow"] = 1
+    assert dispatch.go_on(tracker), "and the rest still waits"
+    assert len(tracker.outbox.sent) == 6
+
+
+def test_a_queue_whose_length_nobody_knows_is_not_full(scene: Scene) -> None:
+    tracker = tracker_on(scene.store, max_queue_depth=5)
+    tracker.outbox.default_length = None
+    assert dispatch.pump(tracker, scene.batch(some(12, queue="fanout"))) == 12
+
+
+def test_callbacks_do_not_wait_for_a_full_queue(scene: Scene) -> None:
+    tracker = tracker_on(scene.store, max_queue_depth=1)
+    tracker.outbox.default_length = 100
+    batch_id = scene.batch(0, calls=("on_finish",))
+    scene.store.finish(batch_id)
+    assert dispatch.pump(tracker, batch_id) == 1
+
+
+def test_what_a_rate_holds_back_is_sent_when_its_time_has_come(scene: Scene) -> None:
+    tracker = tracker_on(scene.store)
+    batch_id = scene.batch(30, options={"rate": 10.0})
+    assert dispatch.pump(tracker, batch_id) == 10
+    scene.set_batch(batch_id, dispatch_at=later(-0.1), paid_until=later(-0.75))
+    assert dispatch.go_on(tracker)
+    assert len(tracker.outbox.sent) == 17
+
+
+def test_a_large_batch_is_sent_by_workers_a_small_one_by_its_parent(scene: Scene) -> None:
+    tracker = tracker_on(scene.store, fan_out=20, dispatch_chunk=10)
+    small, large = scene.batch(20), scene.batch(some(45, queue="docs"))
+    finish.started(tracker, small)
+    assert (len(tracker.outbox.sent), tracker.outbox.handed_out) == (20, [])
+    finish.started(tracker, large)
+    assert (len(tracker.outbox.sent), tracker.outbox.handed_out) == (20, [(large, 5, 10, "docs", "demo.task")])
+    sent = sum(dispatch.pump(tracker, large, limit=10) for _ in range(5))
+    assert sent == 45, "five shares are all of it"
+
+
+def test_a_large_batch_is_sent_by_its_parent_where_no_worker_could_be_asked(scene: Scene) -> None:
+    tracker = tracker_on(scene.store, fan_out=20)
+    tracker.outbox.workers_there = False
+    batch_id = scene.batch(45)
+    finish.started(tracker, batch_id)
+    assert len(tracker.outbox.sent) == 45
+
+
+def test_a_large_batch_with_a_window_needs_no_helpers(scene: Scene) -> None:
+    tracker = tracker_on(scene.store, fan_out=20)
+    batch_id = scene.batch(45, max_in_flight=7)
+    finish.started(tracker, batch_id)
+    assert (len(tracker.outbox.sent), tracker.outbox.handed_out) == (7, [])
