@@ -215,9 +215,10 @@ def new_batch(
 
 
 def chord_rows(
-    app: Any, signature: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    app: Any, signature: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], inherited: Mapping[str, Any]
 ) -> tuple[list[NewChild], ValidOptions]:
-    """The children of a chord or group that is started whole, and what it says of its batch."""
+    """The children of a chord or group that is started whole, and what it says of its batch. `inherited`: stored
+    options that it has from elsewhere, unless it says otherwise."""
     plain = signature["kwargs"]
     if isinstance(signature, group):
         given, tasks, name = {}, plain["tasks"], "group"
@@ -226,6 +227,7 @@ def chord_rows(
         kwargs = {**(plain.get("kwargs") or {}), **kwargs}
         name = str(getattr(plain.get("body"), "task", None) or "chord")
     valid = options.validated(given, name)
+    valid = replace(valid, stored={**inherited, **valid.stored})
     common = for_header(signature.options or {})
     children = [
         new_child(app, canvas.given(each, args, kwargs, common), f"header element {at}", valid.stored)
@@ -299,7 +301,8 @@ class AppCanvas:
         kept = signatures.parsed(row.signature)
         signature = maybe_signature(kept["canvas"], app=self.app)
         args = (*prefix, *(kept.get("args") or ()))
-        children, valid = chord_rows(self.app, signature, args, {})
+        inherited = {name: batch.options[name] for name in _INHERITED if batch.options.get(name) is not None}
+        children, valid = chord_rows(self.app, signature, args, {}, inherited)
         body = None
         if not isinstance(signature, group):
             body = frozen_body(self.app, signature["kwargs"]["body"], signature.options)
@@ -310,9 +313,6 @@ class AppCanvas:
             children = [replace(each, result_id=each.result_id or each.task_id) for each in children]
         elif batch.options.get("results") == "none" and body is None:
             own["results"] = "none"
-        for name in _INHERITED:
-            if batch.options.get(name) is not None and name not in valid.stored:
-                own[name] = batch.options[name]
         new = new_batch(
             self.app, self.settings, valid, uuid7(), batch.headers, body=body,
             root_id=signature.options.get("root_id") or batch.root_id,
