@@ -111,16 +111,22 @@ def _after_join(tracker: Tracker, waiting: ChildRow, settled: Settled) -> list[u
     if not settled.written:
         return []
     parent = waiting.batch_id
-    # It was sent, and so had a place in its batch's window, which is free now.
-    due = [parent] if settled.callbacks or settled.successors or waiting.dispatches else []
-    if settled.look:
-        ended = conclude(tracker, parent)
-        due += ended.due if ended is not None else ()
+    due = [parent] if settled.callbacks or settled.successors else []
+    ended = conclude(tracker, parent) if settled.look else None
+    if ended is not None:
+        due += ended.due
+    elif waiting.dispatches and _has_window(tracker, parent):
+        due.append(parent)  # it was sent, and so had a place there, which is free now
     if settled.body:
         due += body_settled(tracker, waiting.key)
     if tracker.store.reach_milestones(parent):
         due.append(parent)
     return due
+
+
+def _has_window(tracker: Tracker, batch_id: uuid.UUID) -> bool:
+    batch = tracker.store.batch(batch_id)
+    return batch is not None and batch.max_in_flight is not None
 
 
 @dataclass(frozen=True, slots=True)
