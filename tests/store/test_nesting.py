@@ -795,3 +795,17 @@ def test_milestones_are_those_of_the_progress_that_rolls_up(scene: Scene, play: 
     assert scene.store.reach_milestones(batch_id) == 0, "a tenth is done"
     play.work()
     assert scene.called(batch_id) == ["on_progress"] and scene.status(batch_id) == "completed"
+
+
+def test_batches_go_through_the_window_of_the_one_they_are_nested_in_one_after_another(
+    scene: Scene, play: Play
+) -> None:
+    batch_id = play.start(steps(group("a", "b"), "c"), *(steps(group("a", "b")) for _ in range(4)), max_in_flight=1)
+    most = 0
+    while play.tracker.outbox.sent:
+        waiting = [row for row in scene.rows(batch_id) if row.waits_on_batch is not None and row.status == "pending"]
+        most = max(most, len(waiting))
+        play.work(only=1)
+    assert (most, scene.status(batch_id)) == (1, "completed"), "without a sweep"
+    assert play.ran == ["a", "b", "c"] + ["a", "b"] * 4
+    assert add_up(scene, batch_id)
