@@ -11,8 +11,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -22,33 +21,13 @@ from celery_batchtrack import Batch
 from celery_batchtrack.behaviour import dispatch
 from celery_batchtrack.vocabulary.records import Outgoing
 from celery_batchtrack.vocabulary.states import SETTLED
-from tests.acceptance.scene import Scene, embedded
-from tests.helpers import unique
+from tests.acceptance.scene import Scene
 from tests.nodes import ProcessWorker
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(200)]
 
 CHILDREN = 60
 ACTIONS = 12
-CONF = {
-    "batchtrack_redispatch_after": 1.0,
-    "batchtrack_redispatch_wait": 5.0,
-    "batchtrack_detect_every": 0.5,
-    "batchtrack_claim_timeout": 5.0,
-    "worker_prefetch_multiplier": 2,
-}
-
-
-@pytest.fixture
-def scene(seed: int, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
-    """Even seeds: the embedded broker and SQLite. Odd ones: Redis and PostgreSQL."""
-    if seed % 2 == 0:
-        scene = embedded(tmp_path, **CONF)
-    else:
-        redis, database = request.getfixturevalue("redis_server"), request.getfixturevalue("postgres_url")
-        scene = Scene(tmp_path, redis.url, database, task_default_queue=unique("queue"), **CONF)
-    yield scene
-    scene.close()
 
 
 def children(scene: Scene, dice: random.Random) -> list[Any]:
@@ -160,6 +139,7 @@ def test_no_child_vanishes(scene: Scene, seed: int) -> None:
             on_success=scene.here.called_bare.si(scene.place("success")),
             on_finish=scene.here.called_bare.si(scene.place("finish")),
             on_first_failure=scene.here.called_bare.si(scene.place("first")),
+            max_in_flight=dice.choice([None, 4, 10]),
         )
         let_loose(Monkey(scene, batch, workers, dice), stack)
         assert all(worker.alive for worker in workers)

@@ -6,8 +6,6 @@ import contextlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,23 +14,15 @@ from celery_batchtrack.behaviour import dispatch
 from celery_batchtrack.vocabulary.records import Outgoing
 from tests.acceptance.scene import Scene
 from tests.acceptance.test_batch_life import LIFE, canvases
-from tests.chaos.test_chaos import CONF, Monkey, let_loose
-from tests.helpers import eventually, unique
+from tests.chaos.test_chaos import Monkey, let_loose
+from tests.helpers import eventually
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
 
 
 @pytest.fixture
-def scene(seed: int, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
-    """Even seeds: the embedded broker and SQLite. Odd ones: Redis and PostgreSQL."""
-    if seed % 2 == 0:
-        broker, database = f"batchtrack+filesystem://{tmp_path / 'broker'}", f"sqlite:///{tmp_path / 'batchtrack.db'}"
-        scene = Scene(tmp_path, broker, database, LIFE, **CONF)
-    else:
-        redis, database = request.getfixturevalue("redis_server"), request.getfixturevalue("postgres_url")
-        scene = Scene(tmp_path, redis.url, database, LIFE, task_default_queue=unique("queue"), **CONF)
-    yield scene
-    scene.close()
+def module() -> str:
+    return LIFE
 
 
 class CanvasMonkey(Monkey):

@@ -9,16 +9,13 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from celery_batchtrack import Batch
 from tests.acceptance.scene import Scene
-from tests.chaos.test_chaos import CONF, Monkey, let_loose
-from tests.helpers import unique
+from tests.chaos.test_chaos import Monkey, let_loose
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(200)]
 
@@ -29,16 +26,8 @@ DEEDS = ("SIGSEGV", "SIGKILL", "exit")
 
 
 @pytest.fixture
-def scene(seed: int, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
-    """Even seeds: the embedded broker and SQLite. Odd ones: Redis and PostgreSQL."""
-    if seed % 2 == 0:
-        broker, database = f"batchtrack+filesystem://{tmp_path / 'broker'}", f"sqlite:///{tmp_path / 'batchtrack.db'}"
-        scene = Scene(tmp_path, broker, database, APP, **CONF)
-    else:
-        redis, database = request.getfixturevalue("redis_server"), request.getfixturevalue("postgres_url")
-        scene = Scene(tmp_path, redis.url, database, APP, task_default_queue=unique("queue"), **CONF)
-    yield scene
-    scene.close()
+def module() -> str:
+    return APP
 
 
 def header(scene: Scene, dice: random.Random) -> tuple[list[Any], set[str]]:
