@@ -34,6 +34,7 @@ from celery_batchtrack.vocabulary.settings import Settings
 from . import codec, configuration, declare, narrate, rows, signatures, worker
 from .attendant import Attendant, Pulse
 from .backend import AppBackend, TablesBackend
+from .capture import Capture, Captures, Hook
 from .embedded import alias
 from .isolation import Gate, IsolatedQueues, send_back
 from .publish import AppPublisher
@@ -49,8 +50,6 @@ PRUNE_ENTRY = "batchtrack-prune"
 
 #: What else is to be done for each `BatchTrack(app)`, by modules that need this one.
 INSTALLERS: list[Callable[[BatchTrack], None]] = []
-
-Capture = Callable[[], Mapping[str, Any] | None]
 
 
 def _current_app() -> Any:
@@ -76,8 +75,12 @@ class BatchTrack:
 
     Arguments:
         app: the Celery app, before or after it is configured or finalized.
-        capture: callables that return headers (JSON-able mappings, or None) of the creator's context, such as
-            its tenant or trace. Called when a batch is created; sent with its messages by whoever publishes.
+        capture: what goes along with a batch's messages, whoever publishes them: callables that return headers
+            (JSON-able mappings, or None) of the creator's context, such as its tenant; objects with ``capture()`` and
+            ``restore(headers)``, a context manager around the publishing. Called when a batch is created, and when
+            a child is added. ``"opentelemetry"``, ``"sentry"``, ``"structlog"`` and ``"tenant"`` (of
+            tenant-schemas-celery) are built in and on, where the application has loaded these packages; naming some
+            leaves out the others.
         replace_celery_chord: chords that are Celery's own, made by ``celery.chord`` or ``group | task``, are batches
             too, in this app and in the libraries that it uses.
 
@@ -86,14 +89,14 @@ class BatchTrack:
     """
 
     def __init__(
-        self, app: Any, *, capture: Iterable[Capture] = (), replace_celery_chord: bool = False
+        self, app: Any, *, capture: Iterable[Hook | Capture | str] = (), replace_celery_chord: bool = False
     ) -> None:
         if getattr(app, "batchtrack", None) is not None:
             raise errors.ImproperlyConfigured(f"BatchTrack({app.main or app}) was called twice")
         alias.register()
         self.app = app
         self.replace_celery_chord = replace_celery_chord
-        self.capture: tuple[Capture, ...] = tuple(capture)
+        self.captures = Captures(app, capture)
         self.attendant: Attendant | None = None
         self._lock = threading.RLock()
         self._settings: Settings | None = None
@@ -228,8 +231,8 @@ class BatchTrack:
             engine_options=settings.engine_options, owners=settings.owners,
         )  # fmt: skip
         return Tracker(
-            store, settings, AppPublisher(self.app), codec, narrate.subscriber(self.app), self._policy_of,
-            self._versions(settings), rows.AppCanvas(self.app, settings), AppBackend(self.app),
+            store, settings, AppPublisher(self.app, self.captures), codec, narrate.subscriber(self.app),
+            self._policy_of, self._versions(settings), rows.AppCanvas(self.app, settings), AppBackend(self.app),
         )  # fmt: skip
 
     def _policy_of(self, row: ChildRow, batch: BatchRow) -> RowPolicy | None:

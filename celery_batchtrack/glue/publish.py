@@ -7,9 +7,10 @@ come from the row and its batch, never from the task that happens to run here.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from celery_batchtrack.behaviour.tracker import Message, NotSent
 from celery_batchtrack.vocabulary.ids import HEADER
 
 from . import codec, signatures
+from .capture import Captures, Carried, Publishing
 from .narrate import logger
 from .tracked_task import current_run
 
@@ -41,7 +43,9 @@ def _nobodys_context() -> Iterator[None]:
         pop_current_task()
 
 
-def call_of(message: Message, *, rerouted: bool = True) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+def call_of(
+    message: Message, carried: Carried | None = None, *, rerouted: bool = True
+) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
     """(args, kwargs, options) of `send_task`: what is stored, and what the row and the batch say. Without `rerouted`
     it goes where its task is routed, whatever the row says."""
     row, batch = message.row, message.batch
@@ -50,7 +54,7 @@ def call_of(message: Message, *, rerouted: bool = True) -> tuple[list[Any], dict
     if not signature.get("immutable"):
         args = [*message.prefix, *args]
     options: dict[str, Any] = dict(signature.get("options") or {})
-    captured = codec.loads(batch.headers) if batch.headers else {}
+    captured = carried.headers if carried is not None else {}
     options["headers"] = {**captured, **(options.get("headers") or {}), HEADER: message.ticket.as_header()}
     options.update(
         task_id=row.task_id,
@@ -72,26 +76,98 @@ def call_of(message: Message, *, rerouted: bool = True) -> tuple[list[Any], dict
     return args, kwargs, options
 
 
-#: What will not be sent at the next try either: the message itself is wrong.
-_HOPELESS = (KombuError, TypeError, ValueError, LookupError)
+class _Refused(Exception):
+    """A task's own `apply_async` did not send it."""
+
+
+#: What will not be sent at the next try either: the message itself is wrong, or its task does not want it.
+_HOPELESS = (_Refused, KombuError, TypeError, ValueError, LookupError)
+#: Trouble of a lock's file, not of a broker.
+_OF_FILES = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+def _through(message: Message, task: Any) -> bool:
+    """Whether its task's own `apply_async` sends it: the first time only. Sent again, it is what a lock of that
+    task's waits for; asked again, the lock would keep it back for ever."""
+    row = message.row
+    if task is None or row.dispatches > 1 or (row.round > 1 and row.attempt > 0):
+        return False
+    return signatures.own_apply_async(task) is not None
+
+
+def _sent_through(message: Message, task: Any, args: Any, kwargs: Any, options: Mapping[str, Any]) -> None:
+    """Send by the task's own `apply_async`. Raises _Refused if that sent something else, or nothing."""
+    result = task.apply_async(args, kwargs, **options)
+    found = getattr(result, "id", None)
+    if found != message.row.task_id:
+        other = "no task's id: it did not send it" if found is None else f"the id of another task, {found}"
+        raise _Refused(f"{_whose(task)} returned {other}")
+
+
+def _whose(task: Any) -> str:
+    return f"not sent: the own apply_async of {task.name} ({signatures.own_apply_async(task)})"
+
+
+class _Outbox:
+    """A producer that keeps to what was captured, whatever receivers of signals or a patched `send_task` write: it is
+    given to Celery in the place of kombu's."""
+
+    def __init__(self, producer: Any) -> None:
+        self._producer = producer
+        self.carried = Carried()
+        self._firm: dict[str, Any] = {}
+        #: Whether the present message came as far as to be handed over to the broker.
+        self.tried = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer, name)
+
+    def begin(self, carried: Carried) -> None:
+        self.carried, self.tried, self._firm = carried, False, {}
+
+    def address(self, options: Mapping[str, Any]) -> None:
+        """The message is one with these options: what they say themselves is the user's own."""
+        own = options["headers"]
+        self._firm = {name: own[name] for name in (*self.carried.firm, HEADER)}
+
+    def publish(self, body: Any, *args: Any, **options: Any) -> Any:
+        self.tried = True
+        headers = options.get("headers")
+        if isinstance(headers, dict):  # changed in place: receivers of `after_task_publish` see the same
+            headers.update(self._firm)
+            if isinstance(headers.get("headers"), dict):  # where tracers repeat them, and then Celery reads them
+                headers["headers"].update(self._firm)
+        return self._producer.publish(body, *args, **options)
 
 
 class BrokerPublisher:
     """Sends to the broker. A broker that is down is an answer, not an error."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, captures: Captures | None = None) -> None:
         self.app = app
+        self._captures = Captures(app) if captures is None else captures
 
     def publish(self, messages: Sequence[Message]) -> list[NotSent]:
+        # What is left behind in context variables by who listens, after an error say, ends with this.
+        return contextvars.copy_context().run(self._publish, messages)
+
+    def _publish(self, messages: Sequence[Message]) -> list[NotSent]:
         failed: list[NotSent] = []
         left = deque(messages)
-        down = self._down()
+        down, tried = self._down(), False
         try:
-            with _nobodys_context(), self.app.producer_or_acquire() as producer:
+            with (
+                _nobodys_context(), Publishing(self._captures) as publishing,
+                self.app.producer_or_acquire() as acquired,
+            ):  # fmt: skip
+                producer = _Outbox(acquired)
                 while left:
+                    row, batch = left[0].row, left[0].batch
                     try:
+                        producer.begin(publishing.enter(batch.headers, row.signature))
                         self._send(left[0], producer)
                     except down:
+                        tried = producer.tried
                         raise
                     except _HOPELESS as error:
                         failed.append(NotSent(left[0], _say(error), final=True))
@@ -101,14 +177,14 @@ class BrokerPublisher:
                             producer.revive(producer.connection.channel())
                     left.popleft()
         except down as error:
-            failed += [NotSent(each, _say(error), down=True) for each in left]
+            failed += [NotSent(each, _say(error), down=True, tried=tried and at == 0) for at, each in enumerate(left)]
         return failed
 
     def _down(self) -> tuple[type[Exception], ...]:
         """Errors that say that the broker, not the message, is the trouble."""
         return (OperationalError, OSError, *self.app.connection_for_write().connection_errors)
 
-    def _send(self, message: Message, producer: Any) -> None:
+    def _send(self, message: Message, producer: _Outbox) -> None:
         try:
             self._send_to(message, producer, rerouted=True)
         except QueueNotFound:
@@ -120,14 +196,31 @@ class BrokerPublisher:
             )  # fmt: skip
             self._send_to(message, producer, rerouted=False)
 
-    def _send_to(self, message: Message, producer: Any, *, rerouted: bool) -> None:
-        args, kwargs, options = call_of(message, rerouted=rerouted)
+    def _send_to(self, message: Message, producer: _Outbox, *, rerouted: bool) -> None:
+        args, kwargs, options = call_of(message, producer.carried, rerouted=rerouted)
+        producer.address(options)
         task = self.app._tasks.get(message.row.task)
         if task is not None:  # before 5.7, send_task knows nothing of the task's own queue, priority, limits …
             own = {name: value for name, value in task._get_exec_options().items() if value is not None}
             own.pop("expires", None)  # counted from the creation: it is in the row
             options = {"ignore_result": task.ignore_result, **own, **options}
+        if _through(message, task):
+            self._send_through(message, task, args, kwargs, {"expires": None, **options, "producer": producer})
+            return
         self.app.send_task(message.row.task, args, kwargs, producer=producer, task_type=task, **options)
+
+    def _send_through(self, message: Message, task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
+        producer = options["producer"]
+        # Before the task takes its lock: one that is given up at once would be missing at the next try.
+        producer.connection.ensure_connection(max_retries=1, interval_start=0)
+        try:
+            _sent_through(message, task, args, kwargs, options)
+        except _Refused:
+            raise
+        except Exception as error:
+            if isinstance(error, self._down()) and (producer.tried or not isinstance(error, _OF_FILES)):
+                raise
+            raise _Refused(f"{_whose(task)} raised {_say(error)}") from error
 
     def queue_length(self, queue: str | None, task: str) -> int | None:
         name = queue or signatures.route(self.app, task, (), {}, {})
@@ -148,12 +241,22 @@ class BrokerPublisher:
 
 
 def _say(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, _Refused) else f"{type(error).__name__}: {error}"
 
 
 def _stamps(options: dict[str, Any]) -> tuple[str, ...]:
     """Names of the options by which a signature is stamped."""
     return ("stamped_headers", *(options.get("stamped_headers") or ()))
+
+
+def _run_through(message: Message, task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> NotSent | None:
+    try:
+        _sent_through(message, task, args, kwargs, options)
+    except _Refused as error:
+        return NotSent(message, str(error), final=True)
+    except Exception as error:  # noqa: BLE001 (of its own: what the task itself raises is in the result)
+        return NotSent(message, f"{_whose(task)} raised {_say(error)}", final=True)
+    return None
 
 
 class EagerPublisher:
@@ -163,8 +266,9 @@ class EagerPublisher:
     thousand calls; what a task starts while it runs, it may wait for, so that runs at once.
     """
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, captures: Captures | None = None) -> None:
         self.app = app
+        self._captures = Captures(app) if captures is None else captures
         self._local = threading.local()
 
     def publish(self, messages: Sequence[Message]) -> list[NotSent]:
@@ -186,17 +290,24 @@ class EagerPublisher:
         return failed
 
     def _run(self, message: Message) -> NotSent | None:
+        with Publishing(self._captures) as publishing:
+            carried = publishing.enter(message.batch.headers, message.row.signature)
+            return self._run_here(message, carried)
+
+    def _run_here(self, message: Message, carried: Carried) -> NotSent | None:
         task = self.app.tasks.get(message.row.task)
         if task is None:
             return NotSent(message, f"NotRegistered: {message.row.task!r}", final=True)
         wanted = ("headers", "task_id", "retries", "link", "link_error", "ignore_result", "queue", "priority")
         try:
-            args, kwargs, options = call_of(message)
+            args, kwargs, options = call_of(message, carried)
             args, kwargs = codec.loads(codec.dumps([args, kwargs]))  # what a broker would do to them
         except (TypeError, ValueError, LookupError) as error:
             return NotSent(message, _say(error), final=True)
         kept = {key: options[key] for key in (*wanted, *_stamps(options)) if key in options}
         with _nobodys_context():
+            if _through(message, task):
+                return _run_through(message, task, args, kwargs, {**kept, "throw": False})
             task.apply(args, kwargs, throw=False, **kept)
         return None
 
@@ -210,8 +321,8 @@ class EagerPublisher:
 class AppPublisher:
     """Chooses at each call, since `task_always_eager` may change."""
 
-    def __init__(self, app: Any) -> None:
-        self._broker, self._eager, self._app = BrokerPublisher(app), EagerPublisher(app), app
+    def __init__(self, app: Any, captures: Captures | None = None) -> None:
+        self._broker, self._eager, self._app = BrokerPublisher(app, captures), EagerPublisher(app, captures), app
 
     def _now(self) -> BrokerPublisher | EagerPublisher:
         return self._eager if self._app.conf.task_always_eager else self._broker

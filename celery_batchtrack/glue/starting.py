@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
 from celery_batchtrack import errors
 from celery_batchtrack.behaviour import finish
@@ -12,14 +11,6 @@ from celery_batchtrack.vocabulary.records import NewBatch, NewChild
 
 from .extension import BatchTrack
 from .narrate import logger
-
-
-def captured(extension: BatchTrack) -> dict[str, Any]:
-    """Headers of the creator's context, from the `capture=` hooks."""
-    headers: dict[str, Any] = {}
-    for hook in extension.capture:
-        headers.update(hook() or {})
-    return headers
 
 
 def create(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild]) -> None:
