@@ -114,7 +114,7 @@ class Captures:
         for each in self._built_in:
             wanted = captured.get(each.name, {})
             try:
-                if each.loaded() and each.capture() != wanted:
+                if each.loaded() and not each.present(wanted):
                     stack.enter_context(each.restore(wanted))
             except Exception as error:  # noqa: BLE001 (anything that another package raises)
                 self._trouble(each, error)

@@ -37,6 +37,10 @@ class BuiltIn:
         """Headers of the present context, empty where there is none. Asked only while it is `loaded`."""
         raise NotImplementedError
 
+    def present(self, headers: Headers) -> bool:
+        """Whether this is the context of these headers, as it is in the process of their creator."""
+        return self.capture() == headers
+
     def restore(self, headers: Headers) -> contextlib.AbstractContextManager[Any]:
         """The context of these headers, in place of the present one; of none, a context that says nothing."""
         raise NotImplementedError
@@ -111,10 +115,17 @@ class Structlog(BuiltIn):
         return "structlog.contextvars" in sys.modules
 
     def capture(self) -> Headers:
-        bound = sys.modules["structlog.contextvars"].get_contextvars()
+        bound = self._bound()
+        return {self.HEADER: {name: _plain(value) for name, value in bound.items()}} if bound else {}
+
+    def _bound(self) -> dict[str, Any]:
+        bound: dict[str, Any] = sys.modules["structlog.contextvars"].get_contextvars()
         if "task_id" in bound:  # as django-structlog sends it
             bound["parent_task_id"] = bound.pop("task_id")
-        return {self.HEADER: {name: _plain(value) for name, value in bound.items()}} if bound else {}
+        return bound
+
+    def present(self, headers: Headers) -> bool:
+        return self._bound() == headers.get(self.HEADER, {})  # and so as it can be sent
 
     @contextlib.contextmanager
     def restore(self, headers: Headers) -> Iterator[None]:

@@ -63,11 +63,12 @@ def refuse_own_strategy(app: Any, name: str) -> None:
 
 
 def own_apply_async(task: Any) -> str | None:
-    """Which class gives this task an `apply_async` of its own, such as celery-once's; None if it has Celery's."""
+    """Who gives this task an `apply_async` of its own, such as celery-once's QueueOnce; None if it has Celery's."""
     if "apply_async" in vars(task):
-        return repr(task)
-    owner = next(each for each in type(task).__mro__ if "apply_async" in vars(each))
-    return None if owner is Task else owner.__name__  # Task's own may have been replaced, by Sentry for one
+        return "set on the task itself"
+    if type(task).apply_async is Task.apply_async:  # which may have been replaced, by Sentry for one
+        return None
+    return next(each.__name__ for each in type(task).__mro__ if "apply_async" in vars(each))
 
 
 def stored(
