@@ -88,9 +88,10 @@ _OF_FILES = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryE
 
 def _through(message: Message, task: Any) -> bool:
     """Whether its task's own `apply_async` sends it: the first time only. Sent again, it is what a lock of that
-    task's waits for; asked again, the lock would keep it back for ever."""
-    row = message.row
-    if task is None or row.dispatches > 1 or (row.round > 1 and row.attempt > 0):
+    task's waits for; asked again, the lock would keep it back for ever. So it is with what ran in an earlier round,
+    and may have died there."""
+    row, later_round = message.row, message.batch.round > 1
+    if task is None or row.dispatches > 1 or (later_round and row.attempt > 0):
         return False
     return signatures.own_apply_async(task) is not None
 
