@@ -125,7 +125,7 @@ class Structlog(BuiltIn):
         return bound
 
     def present(self, headers: Headers) -> bool:
-        return self._bound() == headers.get(self.HEADER, {})  # and so as it can be sent
+        return bool(self._bound() == headers.get(self.HEADER, {}))  # and so as it can be sent
 
     @contextlib.contextmanager
     def restore(self, headers: Headers) -> Iterator[None]:

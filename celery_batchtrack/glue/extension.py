@@ -123,7 +123,7 @@ class BatchTrack:
         if not isinstance(extension, cls):
             raise errors.ImproperlyConfigured(
                 f"the Celery app {getattr(app, 'main', None) or app!r} has no BatchTrack: "
-                "call BatchTrack(app) where the app is made"
+                "call BatchTrack(app) where the app is made, or say which app is meant (app=…) if there are several"
             )
         return extension
 
@@ -150,12 +150,13 @@ class BatchTrack:
 
     def _define_tasks(self) -> None:
         # Lazy, as any user's task: registering must not finalize the app.
-        @self.app.task(name=DETECT_TASK, ignore_result=True, shared=False)  # type: ignore[untyped-decorator, unused-ignore]
+        # They expire although django-celery-beat, which keeps the entries in its own table, drops the option.
+        @self.app.task(name=DETECT_TASK, ignore_result=True, shared=False, expires=60.0)  # type: ignore[untyped-decorator, unused-ignore]
         def detect_crashes() -> dict[str, int]:
             """One sweep of the crash detector."""
             return self.sweep().as_dict()
 
-        @self.app.task(name=PRUNE_TASK, ignore_result=True, shared=False)  # type: ignore[untyped-decorator, unused-ignore]
+        @self.app.task(name=PRUNE_TASK, ignore_result=True, shared=False, expires=3600.0)  # type: ignore[untyped-decorator, unused-ignore]
         def prune() -> int:
             """Delete batches whose retention is over."""
             return self.prune()

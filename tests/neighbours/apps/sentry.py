@@ -77,7 +77,7 @@ def create() -> dict[str, Any]:
 def uncaptured() -> dict[str, Any]:
     """Created where Sentry is not, and sent in somebody's trace."""
     found: dict[str, Any] = {}
-    take, app.batchtrack.captures.take = app.batchtrack.captures.take, lambda: {}
+    take, app.batchtrack.captures.take = app.batchtrack.captures.take, dict
     batch = filled(app, see, contextlib.nullcontext, contextlib.nullcontext)
     app.batchtrack.captures.take = take
     swept(app, batch, lambda: request("other", found))

@@ -83,7 +83,7 @@ def public() -> str:
 
 def uncaptured() -> str:
     """Created where nothing is known of tenants."""
-    take, app.batchtrack.captures.take = app.batchtrack.captures.take, lambda: {}
+    take, app.batchtrack.captures.take = app.batchtrack.captures.take, dict
     batch = filled(app, see, lambda: schema_context("one"), lambda: schema_context("two"))
     app.batchtrack.captures.take = take
     swept(app, batch, lambda: schema_context("third"))
