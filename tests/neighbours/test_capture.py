@@ -15,8 +15,9 @@ import pytest
 from celery import Celery, Task, group, signals
 from celery.result import AsyncResult
 
-from celery_batchtrack import Batch, BatchTrack, current_batch, errors
+from celery_batchtrack import Batch, BatchTrack, current_batch, current_child, errors
 from celery_batchtrack.behaviour import dispatch
+from celery_batchtrack.glue.capture import of_signature
 from celery_batchtrack.glue.contexts import BUILT_IN, OpenTelemetry, Tenant
 from tests.neighbours.apps.kit import unsent
 
@@ -217,13 +218,15 @@ def test_a_retry_with_other_arguments_keeps_what_its_child_was_added_with(make: 
     def again(self: Task, first: bool) -> Any:
         if first:
             raise self.retry(args=[False], countdown=0)
-        return self.request.headers["customer"]
+        child = current_child()
+        assert child is not None
+        return [self.request.headers["customer"], of_signature(child.row.signature)]
 
     with being("one"), unsent(), Batch("b", app=app) as batch, being("two"):
         batch.add(again.s(True))
     with being("publisher"):
         app.batchtrack.sweep()
-    assert list(batch.results()) == ["two"]
+    assert list(batch.results()) == [["two", {"headers": {"customer": "two"}}]], "in the message, and in the row"
 
 
 def test_another_round_carries_the_same(make: Make) -> None:
@@ -411,12 +414,13 @@ def test_a_task_that_sends_itself_carries_what_was_captured(make: Make) -> None:
     app = make(capture=[hook])
     own = own_task(app, lambda send, *args, **options: send(*args, **options), expires=30)
     with being("creator"), unsent():
-        batch = Batch.create("b", [own.s(), own.s().set(expires=90)], app=app)
+        batch = Batch.create("b", [own.s(), own.s().set(expires=90), own.s().set(expires=None)], app=app)
     with being("publisher"):
         app.batchtrack.sweep()
     found = sent(app)
-    assert [headers["customer"] for headers in found] == ["creator", "creator"]
+    assert [headers["customer"] for headers in found] == ["creator"] * 3
     assert [headers["id"] for headers in found] == [child.task_id for child in batch.children()]
     left = [child.expires_at for child in batch.children()]
+    assert left[2] is found[2]["expires"] is None
     assert left[0] is not None and left[1] is not None
     assert 55 < (left[1] - left[0]).total_seconds() < 65, "as it is in the row, not once more from now"
