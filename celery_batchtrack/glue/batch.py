@@ -458,7 +458,7 @@ def start(
     root_id: str | None = None, parent_id: str | None = None,
 ) -> Batch:  # fmt: skip
     """Create a sealed batch from signatures, in one transaction, and send its children."""
-    headers = capture.as_text(extension.captures.take())
+    headers = starting.captured(extension)
     children = [
         rows.new_child(extension.app, each, f"header element {at}", options.stored)
         for at, each in enumerate(header)

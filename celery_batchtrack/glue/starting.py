@@ -9,8 +9,14 @@ from celery_batchtrack import errors
 from celery_batchtrack.behaviour import finish
 from celery_batchtrack.vocabulary.records import NewBatch, NewChild
 
+from . import capture
 from .extension import BatchTrack
 from .narrate import logger
+
+
+def captured(extension: BatchTrack) -> str | None:
+    """What goes along from the creator's context, as a batch keeps it."""
+    return capture.as_text(extension.captures.take())
 
 
 def create(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild]) -> None:

@@ -266,7 +266,8 @@ def _send_elsewhere(task: Any, runner: Runner, ticket: Ticket) -> None:
         "back; point batchtrack_database_url of all workers at one database",
         ticket.key, ticket.store_id, runner.tracker.store_id, runner.tracker.store.shown_url,
     )  # fmt: skip
-    task.signature_from_request(task.request, countdown=_WRONG_STORE_DELAY).apply_async()
+    back = task.signature_from_request(task.request, countdown=_WRONG_STORE_DELAY)
+    Task.apply_async(task, back.args, back.kwargs, **back.options)  # not the task's own: its lock is this message's
     raise Ignore("the tracking database is another")
 
 

@@ -39,6 +39,7 @@ def test_a_process_without_opentelemetry_sends_the_creators_trace(traced: Neighb
     assert seen["one"]["trace"] == seen["callback"]["trace"] == made["traces"]["one"]
     assert seen["second"]["trace"] == made["traces"]["two"]
     assert seen["one"]["customer"] == "one"
+    assert seen["one"]["parent"] == made["traces"]["one span"], "no span of its sending is made there"
 
 
 def test_children_of_no_trace_do_not_fall_into_the_trace_of_a_sweep(traced: Neighbour) -> None:

@@ -49,6 +49,7 @@ def request(name: str, found: dict[str, Any]) -> Iterator[None]:
     token = context.attach(baggage.set_baggage("customer", name, context.Context()))
     with trace.get_tracer("web").start_as_current_span(name) as span:
         found[name] = f"{span.get_span_context().trace_id:032x}"
+        found[f"{name} span"] = f"{span.get_span_context().span_id:016x}"
         yield
     context.detach(token)
 
