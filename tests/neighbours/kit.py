@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,21 @@ from celery_batchtrack import Batch
 from tests.acceptance.scene import Scene
 from tests.helpers import ROOT
 
+#: What scripts gave, by step.
+Made = dict[str, Any]
+
 
 class Neighbour(Scene):
-    """This process is a client of `plain`, on the same broker and database as the application `module`."""
+    """This process is a client of `plain`, on the same broker and database as the application `module`.
+
+    Nobody sweeps but who is told to.
+    """
 
     def __init__(self, folder: Path, module: str, broker: str = "", database: str = "", **conf: Any) -> None:
         super().__init__(
             folder, broker or f"batchtrack+filesystem://{folder / 'broker'}",
-            database or f"sqlite:///{folder / 'batchtrack.db'}", "tests.neighbours.apps.plain", **conf,
+            database or f"sqlite:///{folder / 'batchtrack.db'}", "tests.neighbours.apps.plain",
+            **{"batchtrack_detect_every": 60.0, **conf},
         )  # fmt: skip
         self.module = f"tests.neighbours.apps.{module}"
         self.more: dict[str, str] = {}
@@ -29,16 +37,17 @@ class Neighbour(Scene):
     def environment(self, **conf: Any) -> dict[str, str]:
         return {**super().environment(**conf), **getattr(self, "more", {})}
 
-    def script(self, step: str, *arguments: Any, **env: str) -> Any:
-        """What a step of the application gives, run as a script."""
+    def scripts(self, env: Mapping[str, str] | None = None, **steps: Sequence[Any]) -> Made:
+        """What steps of the application give, run one after another as a script; each with its arguments."""
         done = subprocess.run(
-            [sys.executable, "-m", self.module, step, *map(json.dumps, arguments)], cwd=ROOT, timeout=60,
-            capture_output=True, text=True, env=self._plain_environment(env),
+            [sys.executable, "-m", self.module, json.dumps(steps)], cwd=ROOT, timeout=60, capture_output=True,
+            text=True, env=self._plain_environment(env or {}),
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        made: Made = json.loads(done.stdout.splitlines()[-1])
+        return made
 
-    def _plain_environment(self, more: dict[str, str]) -> dict[str, str]:
+    def _plain_environment(self, more: Mapping[str, str]) -> dict[str, str]:
         return {**os.environ, "PYTHONPATH": str(ROOT), **self.environment(), **more}
 
     def batch(self, batch_id: str) -> Batch:

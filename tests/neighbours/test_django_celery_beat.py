@@ -23,12 +23,13 @@ def scheduled(tmp_path: Path) -> Iterator[Neighbour]:
 
 
 def test_the_schedule_is_synced_and_a_disabled_entry_leaves_the_sweeps_to_the_workers(scheduled: Neighbour) -> None:
-    synced = scheduled.script("sync")
+    made = scheduled.scripts(sync=[], disable=[])
+    synced = made["sync"]
     assert synced["entries"] == ["batchtrack-detect-crashes", "batchtrack-prune", "celery.backend_cleanup", "own"]
     expiring = dict(synced["sent"])
     assert expiring[DETECT] and expiring[PRUNE], "they do not pile up while no worker runs"
     assert not expiring["scheduled.own"]
-    assert scheduled.script("disable") == ["batchtrack-prune", "celery.backend_cleanup", "own"]
+    assert made["disable"] == ["batchtrack-prune", "celery.backend_cleanup", "own"]
 
     signature = scheduled.app.signature("scheduled.own", args=[scheduled.place("child")])
     lost = scheduled.start(signature.set(queue="nobody"))

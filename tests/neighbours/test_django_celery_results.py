@@ -10,9 +10,9 @@ from tests.neighbours.kit import Neighbour
 def test_rows_are_as_ever_and_children_have_them_where_asked_for(tmp_path: Path) -> None:
     scene = Neighbour(tmp_path, "results")
     scene.more = {"SHOP_DATABASE": str(tmp_path / "shop.db")}
-    scene.script("setup")
+    scene.scripts(setup=[])
     with scene.worker():
-        assert scene.script("run") == {
+        assert scene.scripts(run=[])["run"] == {
             "ordinary": 2,
             "body": 6,
             "row of an ordinary task": ["SUCCESS", "2"],

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.neighbours.kit import Neighbour
+from tests.neighbours.kit import Made, Neighbour
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +17,13 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neighbour]:
     scene.close()
 
 
-def test_children_belong_to_their_creators_trace_whoever_publishes_them(traced: Neighbour) -> None:
-    made = traced.script("create", True)
+@pytest.fixture(scope="module")
+def scripts(traced: Neighbour) -> Made:
+    return traced.scripts(create=[], untraced=[], ordinary=[], unswept=[])  # a sweep of the others would send it
+
+
+def test_children_belong_to_their_creators_trace_whoever_publishes_them(traced: Neighbour, scripts: Made) -> None:
+    made = scripts["create"]
     traces = made["traces"]
     seen = traced.seen(made["batch"])
     assert {name: each["trace"] for name, each in seen.items()} == {
@@ -31,8 +36,8 @@ def test_children_belong_to_their_creators_trace_whoever_publishes_them(traced: 
     assert made["published"][seen["nested"]["parent"]] == traces["two"]
 
 
-def test_a_process_without_opentelemetry_sends_the_creators_trace(traced: Neighbour) -> None:
-    made = traced.script("create", False)
+def test_a_process_without_opentelemetry_sends_the_creators_trace(traced: Neighbour, scripts: Made) -> None:
+    made = scripts["unswept"]
     assert made["published"] == {}
     traced.batchtrack.sweep()
     seen = traced.seen(made["batch"])
@@ -42,8 +47,8 @@ def test_a_process_without_opentelemetry_sends_the_creators_trace(traced: Neighb
     assert seen["one"]["parent"] == made["traces"]["one span"], "no span of its sending is made there"
 
 
-def test_children_of_no_trace_do_not_fall_into_the_trace_of_a_sweep(traced: Neighbour) -> None:
-    made = traced.script("untraced")
+def test_children_of_no_trace_do_not_fall_into_the_trace_of_a_sweep(traced: Neighbour, scripts: Made) -> None:
+    made = scripts["untraced"]
     seen = traced.seen(made["batch"])
     found = [each["trace"] for each in seen.values()]
     assert made["traces"]["other"] not in found
@@ -51,8 +56,8 @@ def test_children_of_no_trace_do_not_fall_into_the_trace_of_a_sweep(traced: Neig
     assert {each["customer"] for each in seen.values()} == {None}
 
 
-def test_what_the_creator_sends_itself_is_below_its_own_span(traced: Neighbour) -> None:
-    made = traced.script("ordinary")
+def test_what_the_creator_sends_itself_is_below_its_own_span(traced: Neighbour, scripts: Made) -> None:
+    made = scripts["ordinary"]
     assert made["below"] == [True, True]
     batch = traced.batch(made["batch"])
     assert batch.wait(20) == "completed"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import eventually
-from tests.neighbours.kit import Neighbour
+from tests.neighbours.kit import Made, Neighbour
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,25 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neighbour]:
     scene.close()
 
 
+@pytest.fixture(scope="module")
+def scripts(watched: Neighbour) -> dict[str, Made]:
+    """By the rate at which transactions are traced; "0" is without tracing."""
+    return {
+        "1": watched.scripts(create=[], uncaptured=[], ordinary=[]),
+        "0": watched.scripts({"SENTRY_RATE": "0"}, create=[]),
+    }
+
+
 def events(watched: Neighbour) -> list[dict[str, Any]]:
     path = Path(watched.more["SENTRY_EVENTS"])
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @pytest.mark.parametrize("rate", ["1", "0"], ids=["tracing", "without tracing"])
-def test_children_continue_their_creators_trace_whoever_publishes_them(watched: Neighbour, rate: str) -> None:
-    made = watched.script("create", SENTRY_RATE=rate)
+def test_children_continue_their_creators_trace_whoever_publishes_them(
+    watched: Neighbour, scripts: dict[str, Made], rate: str
+) -> None:
+    made = scripts[rate]["create"]
     traces = made["traces"]
     seen = watched.seen(made["batch"])
     assert {name: each["trace"] for name, each in seen.items()} == {
@@ -40,14 +51,18 @@ def test_children_continue_their_creators_trace_whoever_publishes_them(watched: 
     assert made["users"] and set(made["users"]) == {None}, "a sweep's user has nothing to do with what it sends"
 
 
-def test_children_of_no_trace_do_not_fall_into_the_trace_of_a_sweep(watched: Neighbour) -> None:
-    made = watched.script("uncaptured")
+def test_children_of_no_trace_do_not_fall_into_the_trace_of_a_sweep(
+    watched: Neighbour, scripts: dict[str, Made]
+) -> None:
+    made = scripts["1"]["uncaptured"]
     seen = watched.seen(made["batch"])
     assert made["traces"]["other"] not in [each["trace"] for each in seen.values()]
 
 
-def test_errors_are_told_once_with_their_task_in_the_creators_trace(watched: Neighbour) -> None:
-    made = watched.script("ordinary")
+def test_errors_are_told_once_with_their_task_in_the_creators_trace(
+    watched: Neighbour, scripts: dict[str, Made]
+) -> None:
+    made = scripts["1"]["ordinary"]
     batch = watched.batch(made["batch"])
     assert batch.wait(20) == "partial"
     trace = made["traces"]["one"]

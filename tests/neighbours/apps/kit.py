@@ -55,6 +55,6 @@ def swept(app: Any, batch: Batch, third: Context) -> None:
 
 
 def main(**steps: Callable[..., Any]) -> None:
-    """``python -m <application> <step> <arguments, JSON>``; prints what the step returns."""
-    name, *arguments = sys.argv[1:]
-    print(json.dumps(steps[name](*map(json.loads, arguments))))
+    """``python -m <application> '{"<step>": [<arguments>], …}'``; prints what each step returns."""
+    wanted = json.loads(sys.argv[1])
+    print(json.dumps({name: steps[name](*arguments) for name, arguments in wanted.items()}))

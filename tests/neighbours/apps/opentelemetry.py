@@ -60,8 +60,8 @@ def published() -> dict[str, str]:
     return {f"{each.context.span_id:016x}": f"{each.context.trace_id:032x}" for each in sent}
 
 
-def create(sweep: bool) -> dict[str, Any]:
-    instrument()
+def create(sweep: bool = True) -> dict[str, Any]:
+    spans.clear()
     found: dict[str, Any] = {}
     batch = filled(app, see, lambda: request("one", found), lambda: request("two", found))
     if sweep:
@@ -69,9 +69,12 @@ def create(sweep: bool) -> dict[str, Any]:
     return {"batch": str(batch.id), "traces": found, "published": published()}
 
 
+def unswept() -> dict[str, Any]:
+    return create(sweep=False)
+
+
 def untraced() -> dict[str, Any]:
     """Created where there is no trace, and sent in somebody's."""
-    instrument()
     found: dict[str, Any] = {}
     batch = filled(app, see, contextlib.nullcontext, contextlib.nullcontext)
     swept(app, batch, lambda: request("other", found))
@@ -80,7 +83,7 @@ def untraced() -> dict[str, Any]:
 
 def ordinary() -> dict[str, Any]:
     """Sent by its creator."""
-    instrument()
+    spans.clear()
     found: dict[str, Any] = {}
     with request("one", found):
         batch = Batch.create("own", [see.si("own")], app=app)
@@ -91,4 +94,5 @@ def ordinary() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(create=create, untraced=untraced, ordinary=ordinary)
+    instrument()
+    main(create=create, unswept=unswept, untraced=untraced, ordinary=ordinary)

@@ -93,7 +93,7 @@ def uncaptured() -> str:
 def ordinary() -> list[str]:
     with schema_context("one"):
         own = Batch.create("own", [see.si("own"), again.si("again")], app=app)
-    app.conf.task_always_eager = True
+    app.conf.task_always_eager = True  # for the rest of this script
     with schema_context("two"):
         eager = Batch.create("eager", [see.si("own")], app=app)
     return [str(own.id), str(eager.id)]
