@@ -15,8 +15,10 @@ import pytest
 from celery import Celery, Task, group, signals
 from celery.result import AsyncResult
 
-from celery_batchtrack import Batch, BatchTrack, current_batch, current_child, errors
+from celery_batchtrack import Batch, BatchTrack, current_batch, current_child, errors, tracked
 from celery_batchtrack.behaviour import dispatch
+from celery_batchtrack.behaviour.handover import items_of
+from celery_batchtrack.glue import codec
 from celery_batchtrack.glue.capture import of_signature
 from celery_batchtrack.glue.contexts import BUILT_IN, OpenTelemetry, Tenant
 from tests.neighbours.apps.kit import unsent
@@ -240,6 +242,23 @@ def test_another_round_carries_the_same(make: Make) -> None:
         assert batch.retry(overrides={"headers": {"more": 1}}) == 1
     (headers,) = sent(app)
     assert [headers["customer"], headers["more"]] == ["two", 1]
+
+
+def test_parts_of_a_child_that_is_split_carry_the_same(make: Make) -> None:
+    app = make(capture=[hook])
+
+    @app.task(name="capture.docs", shared=False)
+    @tracked(items="docs")
+    def read(docs: list[str]) -> int:
+        return len(docs)
+
+    with being("one"), unsent(), Batch("b", app=app) as batch, being("two"):
+        batch.add(read.s(["a", "b"]))
+    (child,) = batch.children()
+    items = items_of(child.row, ("args", 0), codec)
+    assert items is not None
+    _, part = items.chosen([1], codec)
+    assert of_signature(part) == {"headers": {"customer": "two"}}
 
 
 def test_what_is_alike_is_kept_once_with_the_batch(make: Make) -> None:
