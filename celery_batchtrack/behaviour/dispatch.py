@@ -95,7 +95,7 @@ def _pump(
             failpoints.reach("dispatch.stamped")
             failures, count, withheld = _send(tracker, taken)
             sent += count
-            unsent += [each.message.row for each in failures if not each.final]
+            unsent += [each.given_back for each in failures if not each.final]
             down = any(each.down for each in failures)
             # What can never be sent was settled or split, and callbacks or parts may be due for that: look once more.
             more = withheld or any(each.final for each in failures)
@@ -152,7 +152,7 @@ def redispatch(tracker: Tracker, *, worker_lost: bool = False) -> int:
                     lost.add(key)
     taken = tracker.store.take_again(keys, after, lost)
     failures, count, withheld = _send(tracker, taken)
-    tracker.store.give_back([each.message.row for each in failures if not each.final])
+    tracker.store.give_back([each.given_back for each in failures if not each.final])
     for batch_id, again in Counter(each.child.batch_id for each in taken).items():
         tracker.emit(events.Redispatched(batch_id, again))
     if withheld or any(each.final for each in failures):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from celery_batchtrack.store import Store
@@ -35,12 +35,20 @@ class NotSent:
     """A message that was not published.
 
     `final`: trying again is pointless. `down`: the broker cannot be reached, so neither were those behind it.
+    `tried`: the message came as far as the broker.
     """
 
     message: Message
     error: str
     final: bool = False
     down: bool = False
+    tried: bool = True
+
+    @property
+    def given_back(self) -> ChildRow:
+        """Its row as it waits for the next publish: what was not tried does not count."""
+        row = self.message.row
+        return row if self.tried else replace(row, dispatches=row.dispatches - 1)
 
 
 class Publisher(Protocol):

@@ -113,7 +113,7 @@ class Attendant:
         self._waiting: collections.deque[Job] = collections.deque()
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
-        self._overslept = False
+        self._overslept = self._told_of_beat = False
         #: Children of some batch may be held back for a moment: to be sent when that is over.
         self.sends_on = True
         self._explained_before: set[int] = set()
@@ -243,8 +243,15 @@ class Attendant:
         return {blackbox.slot_process(slot)[0] for slot, _ in self.boxes.pages()}
 
     def _sweep_if_overdue(self) -> None:
-        if self.sweeper.overdue():
-            self.sweeper.sweep()
+        if not self.sweeper.overdue():
+            return
+        if not self._told_of_beat:
+            self._told_of_beat = True
+            logger.info(
+                "action=sweeps_itself nobody has swept for %g s, so this worker does: beat does not run, or the "
+                "detector's entry in it is disabled", self.tracker.settings.detect_every,
+            )  # fmt: skip
+        self.sweeper.sweep()
 
     def _take(self, timeout: float) -> None:
         """Wait for a job, then do all there are, in order. What the database refuses now waits."""

@@ -19,7 +19,7 @@ from celery_batchtrack.vocabulary.ids import uuid7
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, NewChild, Progress
 from celery_batchtrack.vocabulary.states import BatchStatus, EndReason, Status
 
-from . import codec, rows, signatures, starting
+from . import capture, codec, rows, signatures, starting
 from .extension import BatchTrack
 from .growing import Growth
 from .narrate import logger
@@ -83,6 +83,7 @@ class Batch:
         self._client: Any = None
         self._chord: dict[str, Any] = {}
         self._more: Growth | None = None
+        self._captured: capture.Captured = {}
         self._outer = outer
         #: Ids of the children's results, where they were given here; empty on a handle from `get`.
         self.task_ids: list[str] = []
@@ -168,8 +169,9 @@ class Batch:
         extension, options = self._extension, self._options
         assert options is not None
         _keep_order(self._outer)
+        self._captured = extension.captures.take()
         new = rows.new_batch(
-            extension.app, extension.settings, options, self.id, starting.captured(extension), opened_by=opener,
+            extension.app, extension.settings, options, self.id, capture.as_text(self._captured), opened_by=opener,
             **self._chord,
         )  # fmt: skip
         self.result_id = new.result_id
@@ -187,9 +189,10 @@ class Batch:
         if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int) or weight < 0):
             raise errors.InvalidOption(f"weight must be a whole number of at least 0, not {weight!r}")
         self._check_whole()
+        differing = self._extension.captures.differing(self._captured)
         for child in children:
             made = rows.new_child(self._extension.app, child, f"child {len(self._buffer)}", self._stored(), weight)
-            self._buffer.append(made)
+            self._buffer.append(capture.kept_on(made, differing))
             if self._chord:
                 self.task_ids.append(made.result_id or made.task_id)
             if len(self._buffer) >= self._extension.settings.insert_chunk:
@@ -435,6 +438,7 @@ class Batch:
         batch = Batch._handle(self._extension, self.id)
         batch._options = validated({}, "batch")
         batch._more = Growth(self._extension.tracker, current.run)
+        batch._captured = batch._more.captured
         return batch
 
     def nested(self) -> list[Batch]:

@@ -34,6 +34,7 @@ from celery_batchtrack.vocabulary.settings import Settings
 from . import codec, configuration, declare, narrate, rows, signatures, worker
 from .attendant import Attendant, Pulse
 from .backend import AppBackend, TablesBackend
+from .capture import Capture, Captures, Hook
 from .embedded import alias
 from .isolation import Gate, IsolatedQueues, send_back
 from .publish import DISPATCH_TASK, AppPublisher
@@ -49,8 +50,6 @@ PRUNE_ENTRY = "batchtrack-prune"
 
 #: What else is to be done for each `BatchTrack(app)`, by modules that need this one.
 INSTALLERS: list[Callable[[BatchTrack], None]] = []
-
-Capture = Callable[[], Mapping[str, Any] | None]
 
 
 def _current_app() -> Any:
@@ -76,8 +75,12 @@ class BatchTrack:
 
     Arguments:
         app: the Celery app, before or after it is configured or finalized.
-        capture: callables that return headers (JSON-able mappings, or None) of the creator's context, such as
-            its tenant or trace. Called when a batch is created; sent with its messages by whoever publishes.
+        capture: what goes along with a batch's messages, whoever publishes them: callables that return headers
+            (JSON-able mappings, or None) of the creator's context, such as its tenant; objects with ``capture()`` and
+            ``restore(headers)``, a context manager around the publishing. Called when a batch is created, and when
+            a child is added. ``"opentelemetry"``, ``"sentry"``, ``"structlog"`` and ``"tenant"`` (of
+            tenant-schemas-celery) are built in and on, where the application has loaded these packages; naming some
+            leaves out the others.
         replace_celery_chord: chords that are Celery's own, made by ``celery.chord`` or ``group | task``, are batches
             too, in this app and in the libraries that it uses.
 
@@ -86,14 +89,14 @@ class BatchTrack:
     """
 
     def __init__(
-        self, app: Any, *, capture: Iterable[Capture] = (), replace_celery_chord: bool = False
+        self, app: Any, *, capture: Iterable[Hook | Capture | str] = (), replace_celery_chord: bool = False
     ) -> None:
         if getattr(app, "batchtrack", None) is not None:
             raise errors.ImproperlyConfigured(f"BatchTrack({app.main or app}) was called twice")
         alias.register()
         self.app = app
         self.replace_celery_chord = replace_celery_chord
-        self.capture: tuple[Capture, ...] = tuple(capture)
+        self.captures = Captures(app, capture)
         self.attendant: Attendant | None = None
         self._lock = threading.RLock()
         self._settings: Settings | None = None
@@ -120,7 +123,7 @@ class BatchTrack:
         if not isinstance(extension, cls):
             raise errors.ImproperlyConfigured(
                 f"the Celery app {getattr(app, 'main', None) or app!r} has no BatchTrack: "
-                "call BatchTrack(app) where the app is made"
+                "call BatchTrack(app) where the app is made, or say which app is meant (app=…) if there are several"
             )
         return extension
 
@@ -147,12 +150,13 @@ class BatchTrack:
 
     def _define_tasks(self) -> None:
         # Lazy, as any user's task: registering must not finalize the app.
-        @self.app.task(name=DETECT_TASK, ignore_result=True, shared=False)  # type: ignore[untyped-decorator, unused-ignore]
+        # They expire although django-celery-beat, which keeps the entries in its own table, drops the option.
+        @self.app.task(name=DETECT_TASK, ignore_result=True, shared=False, expires=60.0)  # type: ignore[untyped-decorator, unused-ignore]
         def detect_crashes() -> dict[str, int]:
             """One sweep of the crash detector."""
             return self.sweep().as_dict()
 
-        @self.app.task(name=PRUNE_TASK, ignore_result=True, shared=False)  # type: ignore[untyped-decorator, unused-ignore]
+        @self.app.task(name=PRUNE_TASK, ignore_result=True, shared=False, expires=3600.0)  # type: ignore[untyped-decorator, unused-ignore]
         def prune() -> int:
             """Delete batches whose retention is over."""
             return self.prune()
@@ -233,8 +237,8 @@ class BatchTrack:
             engine_options=settings.engine_options, owners=settings.owners,
         )  # fmt: skip
         return Tracker(
-            store, settings, AppPublisher(self.app), codec, narrate.subscriber(self.app), self._policy_of,
-            self._versions(settings), rows.AppCanvas(self.app, settings), AppBackend(self.app),
+            store, settings, AppPublisher(self.app, self.captures), codec, narrate.subscriber(self.app),
+            self._policy_of, self._versions(settings), rows.AppCanvas(self.app, settings), AppBackend(self.app),
         )  # fmt: skip
 
     def _policy_of(self, row: ChildRow, batch: BatchRow) -> RowPolicy | None:

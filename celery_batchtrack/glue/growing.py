@@ -13,6 +13,8 @@ from celery_batchtrack.behaviour.tracker import Tracker
 from celery_batchtrack.vocabulary.records import NewChild
 from celery_batchtrack.vocabulary.states import Kind
 
+from . import capture
+
 
 class Growth:
     """Fenced by the run token: a run that has lost its row adds nothing."""
@@ -24,6 +26,8 @@ class Growth:
         self.reopened = False
         row = self._store.batch(self._key.batch_id)
         self.options: dict[str, Any] = {} if row is None else row.options
+        #: What its batch carries.
+        self.captured: capture.Captured = capture.of_batch(None if row is None else row.headers)
         #: It is called by a callback after the end.
         self.reopens = run.claimed.kind != Kind.CHILD and row is not None and row.ended
 

@@ -7,6 +7,7 @@ come from the row and its batch, never from the task that happens to run here.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import threading
 import uuid
 from collections import deque
@@ -22,8 +23,10 @@ from kombu.exceptions import KombuError, OperationalError
 from celery_batchtrack.behaviour.tracker import Message, NotSent
 from celery_batchtrack.vocabulary.ids import HEADER
 
-from . import codec, signatures
+from . import codec, own_sending, signatures
+from .capture import Captures, Carried, Publishing
 from .narrate import logger
+from .outbox import Outbox
 from .tracked_task import current_run
 
 
@@ -42,7 +45,9 @@ def _nobodys_context() -> Iterator[None]:
         pop_current_task()
 
 
-def call_of(message: Message, *, rerouted: bool = True) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+def call_of(
+    message: Message, carried: Carried | None = None, *, rerouted: bool = True
+) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
     """(args, kwargs, options) of `send_task`: what is stored, and what the row and the batch say. Without `rerouted`
     it goes where its task is routed, whatever the row says."""
     row, batch = message.row, message.batch
@@ -51,7 +56,7 @@ def call_of(message: Message, *, rerouted: bool = True) -> tuple[list[Any], dict
     if not signature.get("immutable"):
         args = [*message.prefix, *args]
     options: dict[str, Any] = dict(signature.get("options") or {})
-    captured = codec.loads(batch.headers) if batch.headers else {}
+    captured = carried.headers if carried is not None else {}
     options["headers"] = {**captured, **(options.get("headers") or {}), HEADER: message.ticket.as_header()}
     options.update(
         task_id=row.task_id,
@@ -73,10 +78,8 @@ def call_of(message: Message, *, rerouted: bool = True) -> tuple[list[Any], dict
     return args, kwargs, options
 
 
-#: What will not be sent at the next try either: the message itself is wrong.
-_HOPELESS = (KombuError, TypeError, ValueError, LookupError)
-
-
+#: What will not be sent at the next try either: the message itself is wrong, or its task does not want it.
+_HOPELESS = (own_sending.NotTaken, KombuError, TypeError, ValueError, LookupError)
 #: The task by which workers send the children of a large batch: (batch id, rows).
 DISPATCH_TASK = "celery_batchtrack.dispatch"
 
@@ -86,19 +89,31 @@ class BrokerPublisher:
 
     paced = True
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, captures: Captures | None = None) -> None:
         self.app = app
+        self._captures = Captures(app) if captures is None else captures
 
     def publish(self, messages: Sequence[Message]) -> list[NotSent]:
+        # What is left behind in context variables by who listens, after an error say, ends with this.
+        return contextvars.copy_context().run(self._publish, messages)
+
+    def _publish(self, messages: Sequence[Message]) -> list[NotSent]:
         failed: list[NotSent] = []
         left = deque(messages)
-        down = self._down()
+        down, tried = self._down(), False
         try:
-            with _nobodys_context(), self.app.producer_or_acquire() as producer:
+            with (
+                _nobodys_context(), Publishing(self._captures) as publishing,
+                self.app.producer_or_acquire() as acquired,
+            ):  # fmt: skip
+                producer = Outbox(acquired)
                 while left:
+                    row, batch = left[0].row, left[0].batch
                     try:
+                        producer.begin(publishing.enter(batch.headers, row.signature))
                         self._send(left[0], producer)
                     except down:
+                        tried = producer.tried
                         raise
                     except _HOPELESS as error:
                         failed.append(NotSent(left[0], _say(error), final=True))
@@ -108,14 +123,14 @@ class BrokerPublisher:
                             producer.revive(producer.connection.channel())
                     left.popleft()
         except down as error:
-            failed += [NotSent(each, _say(error), down=True) for each in left]
+            failed += [NotSent(each, _say(error), down=True, tried=tried and at == 0) for at, each in enumerate(left)]
         return failed
 
     def _down(self) -> tuple[type[Exception], ...]:
         """Errors that say that the broker, not the message, is the trouble."""
         return (OperationalError, OSError, *self.app.connection_for_write().connection_errors)
 
-    def _send(self, message: Message, producer: Any) -> None:
+    def _send(self, message: Message, producer: Outbox) -> None:
         try:
             self._send_to(message, producer, rerouted=True)
         except QueueNotFound:
@@ -127,13 +142,17 @@ class BrokerPublisher:
             )  # fmt: skip
             self._send_to(message, producer, rerouted=False)
 
-    def _send_to(self, message: Message, producer: Any, *, rerouted: bool) -> None:
-        args, kwargs, options = call_of(message, rerouted=rerouted)
+    def _send_to(self, message: Message, producer: Outbox, *, rerouted: bool) -> None:
+        args, kwargs, options = call_of(message, producer.carried, rerouted=rerouted)
+        producer.address(options)
         task = self.app._tasks.get(message.row.task)
         if task is not None:  # before 5.7, send_task knows nothing of the task's own queue, priority, limits …
             own = {name: value for name, value in task._get_exec_options().items() if value is not None}
             own.pop("expires", None)  # counted from the creation: it is in the row
             options = {"ignore_result": task.ignore_result, **own, **options}
+        if own_sending.wanted(message, task):
+            self._send_through(message, task, args, kwargs, {"expires": None, **options, "producer": producer})
+            return
         self.app.send_task(message.row.task, args, kwargs, producer=producer, task_type=task, **options)
 
     def hand_out(self, batch_id: uuid.UUID, shares: int, rows: int, queue: str | None, task: str) -> bool:
@@ -148,6 +167,19 @@ class BrokerPublisher:
             logger.warning("action=not_handed_out batch %s: %s (it is sent from here)", batch_id, _say(error))
             return False
         return True
+
+    def _send_through(self, message: Message, task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
+        producer = options["producer"]
+        # Before the task takes its lock: one that is given up at once would be missing at the next try.
+        producer.connection.ensure_connection(max_retries=1, interval_start=0)
+        try:
+            own_sending.send(message, task, args, kwargs, options)
+        except own_sending.NotTaken:
+            raise
+        except Exception as error:
+            if isinstance(error, self._down()) and (producer.tried or not isinstance(error, own_sending.OF_FILES)):
+                raise
+            raise own_sending.NotTaken(f"{own_sending.whose(task)} raised {_say(error)}") from error
 
     def queue_length(self, queue: str | None, task: str) -> int | None:
         name = queue or signatures.route(self.app, task, (), {}, {})
@@ -168,7 +200,7 @@ class BrokerPublisher:
 
 
 def _say(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, own_sending.NotTaken) else f"{type(error).__name__}: {error}"
 
 
 def _stamps(options: dict[str, Any]) -> tuple[str, ...]:
@@ -185,8 +217,9 @@ class EagerPublisher:
 
     paced = False
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, captures: Captures | None = None) -> None:
         self.app = app
+        self._captures = Captures(app) if captures is None else captures
         self._local = threading.local()
 
     def publish(self, messages: Sequence[Message]) -> list[NotSent]:
@@ -208,17 +241,24 @@ class EagerPublisher:
         return failed
 
     def _run(self, message: Message) -> NotSent | None:
+        with Publishing(self._captures) as publishing:
+            carried = publishing.enter(message.batch.headers, message.row.signature)
+            return self._run_here(message, carried)
+
+    def _run_here(self, message: Message, carried: Carried) -> NotSent | None:
         task = self.app.tasks.get(message.row.task)
         if task is None:
             return NotSent(message, f"NotRegistered: {message.row.task!r}", final=True)
         wanted = ("headers", "task_id", "retries", "link", "link_error", "ignore_result", "queue", "priority")
         try:
-            args, kwargs, options = call_of(message)
+            args, kwargs, options = call_of(message, carried)
             args, kwargs = codec.loads(codec.dumps([args, kwargs]))  # what a broker would do to them
         except (TypeError, ValueError, LookupError) as error:
             return NotSent(message, _say(error), final=True)
         kept = {key: options[key] for key in (*wanted, *_stamps(options)) if key in options}
         with _nobodys_context():
+            if own_sending.wanted(message, task):
+                return own_sending.run(message, task, args, kwargs, {**kept, "throw": False})
             task.apply(args, kwargs, throw=False, **kept)
         return None
 
@@ -235,8 +275,8 @@ class EagerPublisher:
 class AppPublisher:
     """Chooses at each call, since `task_always_eager` may change."""
 
-    def __init__(self, app: Any) -> None:
-        self._broker, self._eager, self._app = BrokerPublisher(app), EagerPublisher(app), app
+    def __init__(self, app: Any, captures: Captures | None = None) -> None:
+        self._broker, self._eager, self._app = BrokerPublisher(app, captures), EagerPublisher(app, captures), app
 
     def _now(self) -> BrokerPublisher | EagerPublisher:
         return self._eager if self._app.conf.task_always_eager else self._broker

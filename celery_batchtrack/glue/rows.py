@@ -21,7 +21,7 @@ from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, NewBatch, N
 from celery_batchtrack.vocabulary.settings import Settings
 from celery_batchtrack.vocabulary.states import Kind
 
-from . import canvas, codec, declare, options, owner, signatures
+from . import canvas, capture, codec, declare, options, owner, signatures
 from .options import ValidOptions
 
 
@@ -154,7 +154,7 @@ def step(
 
 
 def new_batch(
-    app: Any, settings: Settings, valid: ValidOptions, batch_id: uuid.UUID, headers: Mapping[str, Any] | str | None,
+    app: Any, settings: Settings, valid: ValidOptions, batch_id: uuid.UUID, headers: str | None,
     *, opened_by: uuid.UUID | None = None, body: Body | None = None, root_id: str | None = None,
     parent_id: str | None = None, parent_batch: uuid.UUID | None = None, parent_position: int | None = None,
     children: int | None = None, own: Mapping[str, Any] | None = None,
@@ -193,7 +193,7 @@ def new_batch(
         name=valid.name,
         callbacks=signatures.callbacks_json(callbacks),
         options=stored,
-        headers=headers if isinstance(headers, str) else codec.dumps(dict(headers)) if headers else None,
+        headers=headers,
         start_now=valid.start_now,
         shards=settings.shards if children is None else max(1, min(settings.shards, children)),
         parent_batch=valid.parent_batch if parent_batch is None else parent_batch,
@@ -291,6 +291,11 @@ def _with_callbacks(body: Any, link: Any, link_error: Any) -> Any:
 _INHERITED = ("on_crash", "max_in_flight", "priority", "queue")
 
 
+def _carrying(made: Step, kept: Mapping[str, Any]) -> Step:
+    """The next step of a child carries what the one before did."""
+    return replace(made, signature=capture.kept_in(made.signature, kept.get(capture.KEY) or {}))
+
+
 class AppCanvas:
     """`behaviour.tracker.Canvas` for one app."""
 
@@ -313,8 +318,9 @@ class AppCanvas:
             children = [replace(each, result_id=each.result_id or each.task_id) for each in children]
         elif batch.options.get("results") == "none" and body is None:
             own["results"] = "none"
+        headers = capture.as_text(capture.of_child(batch.headers, kept.get(capture.KEY) or {}))
         new = new_batch(
-            self.app, self.settings, valid, uuid7(), batch.headers, body=body,
+            self.app, self.settings, valid, uuid7(), headers, body=body,
             root_id=signature.options.get("root_id") or batch.root_id,
             parent_id=signature.options.get("parent_id") or batch.parent_task_id, parent_batch=row.batch_id,
             parent_position=row.position, children=len(children), own=own,
@@ -333,7 +339,8 @@ class AppCanvas:
         first.options["parent_id"] = row.task_id
         first.options["root_id"] = before.get("root_id") or batch.root_id or row.task_id
         part = row.kind == Kind.ON_SUCCESS
-        return step(self.app, [first, *rest[1:]], f"link {row.link + 1}", batch.options, part_of_chord=part)
+        made = step(self.app, [first, *rest[1:]], f"link {row.link + 1}", batch.options, part_of_chord=part)
+        return _carrying(made, kept)
 
     def replacement(self, row: ChildRow, batch: BatchRow, signature: Any) -> Step:
         """What a task that replaces itself goes on as; the rest of its chain follows."""
@@ -345,7 +352,8 @@ class AppCanvas:
             if before.get(name) is not None:
                 links[0 if name in ("parent_id", "root_id") else -1].options.setdefault(name, before[name])
         part = row.kind == Kind.ON_SUCCESS
-        return step(self.app, [*links, *rest], f"what replaces {row.task}", batch.options, part_of_chord=part)
+        made = step(self.app, [*links, *rest], f"what replaces {row.task}", batch.options, part_of_chord=part)
+        return _carrying(made, kept)
 
     def _rest(self, kept: Mapping[str, Any]) -> list[Signature]:
         """What follows in the chain of a stored signature."""

@@ -47,25 +47,28 @@ def plain_signature(app: Any, value: Any, role: str) -> Signature:
         raise errors.UnsupportedCanvas(f"{role} is {made['subtask_type']}: use .group() of it, or a task of your own")
     if isinstance(made, (_chain, group, celery_chord)):
         raise errors.UnsupportedCanvas(f"{role} must be a single task, not {made!r:.100}")
-    refuse_own_publishing(app, made["task"])
+    refuse_own_strategy(app, made["task"])
     return made
 
 
-def refuse_own_publishing(app: Any, name: str) -> None:
-    """Tasks whose sending or running bypasses Celery's usual way would be lost or run untracked."""
+def refuse_own_strategy(app: Any, name: str) -> None:
+    """Tasks whose running bypasses Celery's usual way would run untracked."""
     task = app.tasks.get(name)
     if task is None:
         return
-    if type(task).apply_async is not Task.apply_async:
-        owner = next(each for each in type(task).__mro__ if "apply_async" in vars(each))
-        raise errors.UnsupportedCanvas(
-            f"{name} has its own apply_async ({owner.__name__}), which a batch would bypass: "
-            "this version cannot track it"
-        )
     if str(task.Strategy) != "celery.worker.strategy:default":
         raise errors.UnsupportedCanvas(
             f"{name} has its own worker strategy ({task.Strategy}), which a batch cannot follow"
         )
+
+
+def own_apply_async(task: Any) -> str | None:
+    """Who gives this task an `apply_async` of its own, such as celery-once's QueueOnce; None if it has Celery's."""
+    if "apply_async" in vars(task):
+        return "set on the task itself"
+    if type(task).apply_async is Task.apply_async:  # which may have been replaced, by Sentry for one
+        return None
+    return next(each.__name__ for each in type(task).__mro__ if "apply_async" in vars(each))
 
 
 def stored(
@@ -168,7 +171,7 @@ def callbacks_json(callbacks: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def parsed(text: str | None) -> dict[str, Any]:
-    """A row's signature: {"args", "kwargs", "options"?, "immutable"?, "chain"?}, or, of a group or chord,
-    {"canvas", "args", "kwargs", "chain"?}."""
+    """A row's signature: {"args", "kwargs", "options"?, "immutable"?, "chain"?, "captured"?}, or, of a group or chord,
+    {"canvas", "args", "kwargs", "chain"?, "captured"?}."""
     value = codec.loads(text) if text else {}
     return value if isinstance(value, dict) else {}

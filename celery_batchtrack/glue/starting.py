@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
 from celery_batchtrack import errors
 from celery_batchtrack.behaviour import finish
 from celery_batchtrack.vocabulary.records import NewBatch, NewChild
 
+from . import capture
 from .extension import BatchTrack
 from .narrate import logger
 
 
-def captured(extension: BatchTrack) -> dict[str, Any]:
-    """Headers of the creator's context, from the `capture=` hooks."""
-    headers: dict[str, Any] = {}
-    for hook in extension.capture:
-        headers.update(hook() or {})
-    return headers
+def captured(extension: BatchTrack) -> str | None:
+    """What goes along from the creator's context, as a batch keeps it."""
+    return capture.as_text(extension.captures.take())
 
 
 def create(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild]) -> None:

@@ -42,7 +42,7 @@ from celery_batchtrack.vocabulary.ids import HEADER, Ticket
 from celery_batchtrack.vocabulary.records import Ending, Refused, Release
 from celery_batchtrack.vocabulary.states import Cause, Status
 
-from . import codec, declare, rows, signatures
+from . import capture, codec, declare, rows, signatures
 from .backend import error_json
 from .growing import Growth
 
@@ -164,7 +164,8 @@ class TrackedTask:
 
         def add(*args: Any, **kwargs: Any) -> Any:
             result = made.freeze()
-            growth.add([rows.new_child(self.app, made, "what add_to_chord() adds", growth.options)])
+            new = rows.new_child(self.app, made, "what add_to_chord() adds", growth.options)
+            growth.add([self.app.batchtrack.captures.on(new, growth.captured)])
             return result
 
         if not lazy:
@@ -265,7 +266,8 @@ def _send_elsewhere(task: Any, runner: Runner, ticket: Ticket) -> None:
         "back; point batchtrack_database_url of all workers at one database",
         ticket.key, ticket.store_id, runner.tracker.store_id, runner.tracker.store.shown_url,
     )  # fmt: skip
-    task.signature_from_request(task.request, countdown=_WRONG_STORE_DELAY).apply_async()
+    back = task.signature_from_request(task.request, countdown=_WRONG_STORE_DELAY)
+    Task.apply_async(task, back.args, back.kwargs, **back.options)  # not the task's own: its lock is this message's
     raise Ignore("the tracking database is another")
 
 
@@ -357,7 +359,10 @@ def _retry(task: Any, runner: Runner, run: Run, error: Retry) -> Release:
     ):
         with contextlib.suppress(errors.NotSerialisable):
             # Immutable: its arguments are whole, what a callback was given first included.
-            changed = signatures.stored({**error.sig, "immutable": True}, _rest_of(runner, run))
+            before = _stored_before(task, runner, run)
+            rest = list(before.get("chain") or ()) if run.ticket.more else []
+            changed = signatures.stored({**error.sig, "immutable": True}, rest)
+            changed = capture.kept_in(changed, before.get(capture.KEY) or {})
             names = _names(task, error.sig)
     evidence = Evidence(Cause.RETRY, message=str(error.exc or error.message or "retry"))
     return Release(
@@ -366,10 +371,15 @@ def _retry(task: Any, runner: Runner, run: Run, error: Retry) -> Release:
     )  # fmt: skip
 
 
-def _rest_of(runner: Runner, run: Run) -> list[Any]:
-    """The links that follow in a chain."""
-    row = runner.tracker.store.child(run.ticket.key) if run.ticket.more else None
-    return [] if row is None else list(signatures.parsed(row.signature).get("chain") or ())
+def _stored_before(task: Any, runner: Runner, run: Run) -> dict[str, Any]:
+    """The signature that the row has: what a retry does not change of it stays."""
+    try:
+        row = runner.tracker.store.child(run.ticket.key)
+    except errors.DatabaseUnavailable:
+        if run.ticket.more:
+            raise
+        return {capture.KEY: task.app.batchtrack.captures.take()}  # it runs in what it was created in
+    return {} if row is None else signatures.parsed(row.signature)
 
 
 def _names(task: Any, signature: Any) -> tuple[str, ...] | None:

@@ -227,7 +227,7 @@ class Dispatching(Connected):
             return connection.execute(statement).rowcount == 1
 
     def give_back(self, rows: Iterable[ChildRow]) -> None:
-        """Publishing failed after the stamp: due again at the next look."""
+        """Publishing failed after the stamp: due again at the next look, with as many dispatches as the row says."""
         with self.write() as connection:
             for row in sorted(rows, key=lambda each: each.key):  # as every writer of several locks them
                 connection.execute(
@@ -236,7 +236,7 @@ class Dispatching(Connected):
                         child.c.batch_id == row.batch_id, child.c.position == row.position,
                         child.c.status == Status.PENDING.value, child.c.attempt == row.attempt,
                     )
-                    .values(dispatched_at=None)
+                    .values(dispatched_at=None, dispatches=row.dispatches)
                 )  # fmt: skip
 
 

@@ -500,14 +500,21 @@ def test_a_worker_in_a_thread_leaves_nothing_behind(app: Celery) -> None:
     assert_tracks(app, add)
 
 
-def test_a_task_with_its_own_apply_async_is_a_clear_error(app: Celery) -> None:
-    class Once(Task):  # type: ignore[misc]
+def test_a_task_with_its_own_apply_async_is_sent_by_it(app: Celery) -> None:
+    calls: list[str] = []
+
+    class Counted(Task):  # type: ignore[misc]
         def apply_async(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(self.name)
             return super().apply_async(*args, **kwargs)
 
-    task = app.task(sum_pair, name="shop.once", base=Once, shared=False)
-    with pytest.raises(errors.UnsupportedCanvas, match=r"own apply_async \(Once\)"):
-        Batch.create("once", [task.s([1])], app=app)
+    @app.task(name="shop.counted", base=Counted, shared=False)
+    @tracked(items="pair")
+    def counted(pair: list[int]) -> int:
+        return sum(pair)
+
+    assert_tracks(app, counted)
+    assert calls == ["shop.counted", "shop.counted"]
 
 
 def test_a_task_with_its_own_strategy_is_a_clear_error(app: Celery) -> None:

@@ -1,0 +1,1 @@
+"""A Django app: the tenants of `tests.neighbours.apps.tenants`."""
