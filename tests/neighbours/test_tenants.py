@@ -24,7 +24,7 @@ def shop(postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def scripts(shop: Neighbour) -> Made:
-    return shop.scripts(create=[], public=[], uncaptured=[], ordinary=[], by_class=[])
+    return shop.scripts(create=[], public=[], mixed=[], uncaptured=[], ordinary=[], by_class=[])
 
 
 def test_children_run_in_their_creators_schema_whoever_publishes_them(shop: Neighbour, scripts: Made) -> None:
@@ -41,6 +41,12 @@ def test_children_of_the_public_schema_stay_there(shop: Neighbour, scripts: Made
 
 def test_children_of_no_schema_do_not_fall_into_that_of_a_sweep(shop: Neighbour, scripts: Made) -> None:
     assert set(map(tuple, shop.seen(scripts["uncaptured"]).values())) == {("public", "public")}
+
+
+def test_children_of_two_customers_that_send_each_other_stay_apart(shop: Neighbour, scripts: Made) -> None:
+    batch = shop.batch(scripts["mixed"])
+    assert batch.wait(30) == "completed"
+    assert list(batch.results()) == [["one", "one"], ["two", "two"]] * 3
 
 
 def test_what_the_creator_sends_and_retries_and_eager_mode_are_as_ever(shop: Neighbour, scripts: Made) -> None:

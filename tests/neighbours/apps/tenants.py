@@ -90,6 +90,15 @@ def uncaptured() -> str:
     return str(batch.id)
 
 
+def mixed() -> str:
+    """Children of two customers in one window of one: each is sent by the end of one of the other's."""
+    with schema_context("one"), Batch("mixed", app=app, max_in_flight=1) as batch:
+        for at in range(6):
+            with schema_context("two" if at % 2 else "one"):
+                batch.add(see.si("mixed"))
+    return str(batch.id)
+
+
 def ordinary() -> list[str]:
     with schema_context("one"):
         own = Batch.create("own", [see.si("own"), again.si("again")], app=app)
@@ -111,4 +120,7 @@ def by_class() -> Any:
 
 
 if __name__ == "__main__":
-    main(setup=setup, create=create, public=public, ordinary=ordinary, uncaptured=uncaptured, by_class=by_class)
+    main(
+        setup=setup, create=create, public=public, mixed=mixed, ordinary=ordinary, uncaptured=uncaptured,
+        by_class=by_class,
+    )  # fmt: skip
