@@ -21,7 +21,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from tests.nodes import ProcessWorker
-from tests.servers import PostgresServer, RedisServer
+from tests.servers import BrokerWatch, PostgresServer, RedisServer, resident
 
 
 def _timed(label: str, children: int, start: Callable[[], Any]) -> float:
@@ -153,6 +153,26 @@ def _round(children: int, database: str) -> None:
     print(f"  transactions per child             {(after - before) / children:8.2f}   (claim + settle = 2)")
 
 
+def _windows(children: int, broker: str) -> None:
+    """The same batch sent at once and through a window: how fast, how much the broker holds at most, and by how much
+    the parent grows."""
+    from celery_batchtrack import Batch
+    from tests.bench_app import app, nothing
+
+    for window in (None, max(1, children // 10), None, max(1, children // 10)):  # interleaved: timings drift
+        before, began = resident(), time.perf_counter()
+        with BrokerWatch(broker) as watch:
+            with Batch("windows", app=app, max_in_flight=window, results="none") as batch:
+                batch.add_many(nothing.s(number) for number in range(children))
+            grown = resident() - before
+            assert batch.wait(timeout=3600) == "completed"
+        label = "sent at once" if window is None else f"max_in_flight={window}"
+        print(
+            f"  {label:<34} {children / (time.perf_counter() - began):8.0f} children/s   (the broker held "
+            f"{watch.most}, the parent grew by {grown} kB)"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--children", type=int, default=5000)
@@ -176,6 +196,8 @@ def main() -> None:
             for number in range(1, asked.rounds + 1):
                 print(f"round {number}")
                 _round(asked.children, database)
+            print("windows")
+            _windows(asked.children, redis.url)
         print(f"bytes per child row, indexes included: {_bytes_per_row(database):.0f}")
 
 

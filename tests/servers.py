@@ -14,10 +14,11 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import psutil
 import pytest
@@ -404,3 +405,45 @@ def docker_engine() -> str:
     if done.returncode:
         raise ServiceMissing(f"no Docker engine: {done.stderr.strip()[:200]}", optional=True)
     return done.stdout.strip()
+
+
+class BrokerWatch:
+    """Looks at the broker all the time: how many messages it holds at most, with those that workers have in hand."""
+
+    def __init__(self, url: str, queue: str = "celery") -> None:
+        self.queue, self.most, self.most_ready = queue, 0, 0
+        import redis
+
+        self._redis: Any = redis.Redis.from_url(url)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def look(self) -> tuple[int, int]:
+        """(ready, in workers' hands), of one moment."""
+        with self._redis.pipeline() as both:
+            both.llen(self.queue)
+            both.hlen("unacked")
+            ready, held = both.execute()
+        return int(ready), int(held)
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.002):
+            ready, held = self.look()
+            self.most, self.most_ready = max(self.most, ready + held), max(self.most_ready, ready)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._redis.close()
+
+
+def resident() -> int:
+    """Memory of this process, in kB."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1])

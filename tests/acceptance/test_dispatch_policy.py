@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pytest
-import redis
 
 from celery_batchtrack import Batch
 from tests.acceptance.scene import Scene
 from tests.helpers import eventually
+from tests.servers import BrokerWatch, resident
 
 LIFE = "tests.acceptance.apps.life"
 
@@ -33,45 +31,11 @@ def make(tmp_path: Path, redis_url: str, postgres_url: str) -> Iterator[Callable
         scene.close()
 
 
-class Watch:
-    """Looks at the broker all the time: how many messages it holds at most, with those that workers have in hand."""
-
-    def __init__(self, url: str, queue: str = "celery") -> None:
-        self.queue, self.most, self.most_ready = queue, 0, 0
-        self._redis: Any = redis.Redis.from_url(url)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def look(self) -> tuple[int, int]:
-        """(ready, in workers' hands), of one moment."""
-        with self._redis.pipeline() as both:
-            both.llen(self.queue)
-            both.hlen("unacked")
-            ready, held = both.execute()
-        return int(ready), int(held)
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.002):
-            ready, held = self.look()
-            self.most, self.most_ready = max(self.most, ready + held), max(self.most_ready, ready)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._redis.close()
-
-
 def test_the_broker_never_holds_more_than_the_window_while_a_large_batch_runs(
     make: Callable[..., Scene], redis_url: str
 ) -> None:
     scene, count = make(), 800
-    with Watch(redis_url) as watch, scene.worker("--concurrency=4") as worker:
+    with BrokerWatch(redis_url) as watch, scene.worker("--concurrency=4") as worker:
         worker.wait_ready()
         with Batch("large", app=scene.app, max_in_flight=40) as batch:
             batch.add_many(scene.tasks.value.s(at) for at in range(count))
@@ -121,7 +85,7 @@ def test_no_more_children_run_than_max_running_says_and_the_queue_is_that_of_the
         worker.wait_ready()
         batch = scene.start(*(scene.tasks.held.s(at, place) for at in range(6)), max_running=2, queue="special")
         eventually(lambda: len(scene.lines("held")) == 2, 30, what="two runs")
-        watch = Watch(redis_url, "special")
+        watch = BrokerWatch(redis_url, "special")
         assert (watch.look(), batch.progress().running) == ((0, 0), 2), "two processes idle, and nothing is sent"
         scene.go("held")
         assert batch.wait(60) == "completed"
@@ -141,7 +105,7 @@ def test_a_rate_is_kept_whatever_ends_when(make: Callable[..., Scene]) -> None:
 
 def test_a_queue_is_not_flooded(make: Callable[..., Scene], redis_url: str) -> None:
     scene = make(batchtrack_max_queue_depth=20)
-    with Watch(redis_url) as watch:
+    with BrokerWatch(redis_url) as watch:
         with Batch("deep", app=scene.app) as batch:
             batch.add_many(scene.tasks.value.s(at) for at in range(500))
         assert watch.look() == (20, 0), "nobody consumes: it is full, and the parent has gone on"
@@ -154,7 +118,7 @@ def test_a_queue_is_not_flooded(make: Callable[..., Scene], redis_url: str) -> N
 def test_a_large_batch_is_sent_by_the_workers(make: Callable[..., Scene], redis_url: str) -> None:
     scene = make(batchtrack_fan_out=100, batchtrack_dispatch_chunk=20)
     batch = scene.start(*(scene.tasks.value.s(at) for at in range(500)))
-    watch = Watch(redis_url)
+    watch = BrokerWatch(redis_url)
     assert watch.look() == (10, 0), "ten shares of fifty, and no child yet"
     with scene.worker("--concurrency=2") as worker:
         worker.wait_ready()
@@ -167,17 +131,11 @@ def test_filling_a_batch_of_any_size_takes_the_same_memory(make: Callable[..., S
     scene = make()
 
     def grown(count: int) -> int:
-        before = _resident()
+        before = resident()
         with Batch("flat", app=scene.app, max_in_flight=5) as batch:
             batch.add_many(scene.tasks.value.s(at) for at in range(count))
         batch.cancel()
-        return _resident() - before
+        return resident() - before
 
     grown(2000)  # what is imported and compiled once
     assert grown(20_000) < 12_000, "kB; all rows of so many would be 30,000"
-
-
-def _resident() -> int:
-    """Memory of this process, in kB."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1])

@@ -19,4 +19,4 @@ def test_the_benchmark_runs_both_ways() -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=170, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert len(re.findall(r"children/s", run.stdout)) == 2
+    assert len(re.findall(r"children/s", run.stdout)) == 2 + 4
