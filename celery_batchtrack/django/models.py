@@ -1,5 +1,10 @@
 """The tracking tables as models, to read from: ``Batch.objects.filter(status="failed")``. What is written in them is
-written by the package."""
+written by the package.
+
+Django makes and alters nothing here: its migrations hold these models as state only. Yet they are not
+``managed = False``, since `flush`, by which a TransactionTestCase cleans up, would leave them out: batches would stay from
+test to test, and PostgreSQL truncates no table of an owner while ours, which refers to it, is left.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,6 @@ from .fields import IdentifierField
 class _OfTheTables(models.Model):
     class Meta:
         abstract = True
-        # A feature that no database has: Django makes and alters nothing here, and yet `flush`, by which a
-        # TransactionTestCase cleans up, knows the tables. PostgreSQL truncates no table to which another one, such as
-        # ours to an owner's, refers; with `managed = False` it would be left out.
-        required_db_features = ["celery_batchtrack_makes_its_tables"]
         default_permissions = ("view",)
 
 
@@ -51,7 +52,8 @@ class Batch(_OfTheTables):
 
 
 class Child(_OfTheTables):
-    """Its key is (batch, position). Django is told another one: many of its versions have no such keys."""
+    """Its key is (batch, position). Django is told another one: many of its versions have no such keys. Arguments and
+    results, customers' data, are left out."""
 
     task_id = models.CharField(max_length=255, primary_key=True)
     batch = models.ForeignKey(Batch, models.DO_NOTHING, db_constraint=False, related_name="children")
@@ -65,8 +67,6 @@ class Child(_OfTheTables):
     crashes = models.SmallIntegerField()
     items = models.JSONField(null=True, blank=True)
     item_count = models.IntegerField()
-    signature = models.TextField(null=True, blank=True)
-    result = models.TextField(null=True, blank=True)
     queue = models.CharField(max_length=255, null=True, blank=True)
     created_at = models.DateTimeField()
     dispatched_at = models.DateTimeField(null=True, blank=True)

@@ -7,6 +7,7 @@ from typing import Any
 from celery._state import _get_active_apps
 from django.conf import settings
 from django.db import transaction
+from django.db.migrations.loader import MigrationLoader
 
 from celery_batchtrack import errors
 from celery_batchtrack.glue import django_database
@@ -45,9 +46,16 @@ def bring(alias: str, revision: str) -> None:
         _store(alias).migrate(revision)
 
 
+def prepare(alias: str) -> None:
+    """Where a test runner has switched migrations off, Django would make the tables as the models have them."""
+    if MigrationLoader.migrations_module("celery_batchtrack")[0] is None and alias == tracking_alias():
+        with transaction.atomic(using=alias):
+            _store(alias).migrate()
+
+
 def complete(alias: str) -> None:
-    """What migrations leave: columns of owners, whose tables are only now all there; everything, where migrations are
-    switched off in tests, or ran before the setting named this database."""
+    """What migrations leave: columns of owners, whose tables are only now all there; everything, where they ran before
+    the setting named this database."""
     if alias != tracking_alias():
         return
     with transaction.atomic(using=alias):
