@@ -18,7 +18,7 @@ from . import django_database, starting, transaction
 from .extension import BatchTrack
 from .narrate import logger
 
-#: Told when its batch's children may have been sent.
+#: Told once the transaction is known to be committed.
 Then = Callable[[], None]
 
 
@@ -92,19 +92,22 @@ class Joined:
         """Send its children after the commit."""
 
         def committed() -> None:
-            _send(self._extension, batch_id)
-            then()
+            if _sent(self._extension, batch_id):
+                then()
 
         self._outer.after_commit(committed)
 
 
-def _send(extension: BatchTrack, batch_id: uuid.UUID) -> None:
-    """The commit is done, and must not seem to have failed. After a rollback there is nothing to send."""
+def _sent(extension: BatchTrack, batch_id: uuid.UUID) -> bool:
+    """Whether it may be there: the commit is done, and must not seem to have failed. After a rollback there is nothing
+    to send."""
     try:
-        if extension.store.batch(batch_id) is not None:
-            starting.send(extension, batch_id)
+        if extension.store.batch(batch_id) is None:
+            return False
+        starting.send(extension, batch_id)
     except Exception:
         logger.exception("action=start_waits batch %s (a sweep sends its children)", batch_id)
+    return True
 
 
 class Deferred:

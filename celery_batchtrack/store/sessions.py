@@ -32,7 +32,7 @@ class SqlTransaction:
             return _OfSession(value)
         if isinstance(value, sa.Connection):
             return SqlTransaction(value)
-        if type(value).__module__.startswith("sqlalchemy.ext.asyncio") or hasattr(value, "sync_session"):
+        if any(each.__module__.startswith("sqlalchemy.ext.asyncio") for each in type(value).__mro__):
             raise errors.InvalidOption(
                 "transaction= takes no AsyncSession or AsyncConnection: call it as `await session.run_sync(lambda s: "
                 "Batch.create(…, transaction=s))`, which gives the `.sync_session`"
