@@ -33,7 +33,7 @@ _NO_APP = """no Celery app with BatchTrack is loaded, so nothing is tracked.
 
 
 def check_configuration(app_configs: Any = None, **_: Any) -> list[CheckMessage]:
-    return [*_without_prefix(), *_app()]
+    return [*_app(), *_without_prefix()]  # in this order: Celery reads its configuration at first use
 
 
 def _app() -> Iterator[CheckMessage]:

@@ -281,11 +281,20 @@ class Batch:
         """Raises BatchNotFound while its transaction goes on, or if that was rolled back."""
         if not self._uncommitted:
             return
-        if self._extension.store.batch(self.id) is None:
+        if not self._is_there():
             raise errors.BatchNotFound(
                 f"batch {self.id} is not there: the transaction that it begins with has not been committed (yet)"
             )
         self._uncommitted = False
+
+    def _is_there(self) -> bool:
+        store = self._extension.store
+        try:
+            return store.batch(self.id) is not None
+        except errors.DatabaseUnavailable:
+            if store.sqlite:  # in memory, as in tests, a table that is being written cannot be read
+                return False
+            raise
 
     def _seal(self) -> None:
         tracker = self._extension.tracker

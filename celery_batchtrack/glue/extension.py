@@ -254,9 +254,10 @@ class BatchTrack:
             found = django_database.Resolved(configuration.database_url(self.app, settings))
         else:
             found = django_database.resolve(alias)
+        by_django = alias is not None and settings.auto_migrate is None  # `manage.py migrate` makes the tables
         store = Store(
-            found.url, auto_migrate=settings.auto_migrate, engine_options={**found.options, **settings.engine_options},
-            owners=settings.owners, pooled=found.pooled,
+            found.url, auto_migrate=False if by_django else settings.auto_migrate,
+            engine_options={**found.options, **settings.engine_options}, owners=settings.owners, pooled=found.pooled,
         )  # fmt: skip
         return Tracker(
             store, settings, AppPublisher(self.app), codec, narrate.subscriber(self.app), self._policy_of,

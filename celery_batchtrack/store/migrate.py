@@ -15,6 +15,7 @@ from celery_batchtrack import errors
 
 VERSION_TABLE = "batchtrack_alembic_version"
 _SCRIPTS = Path(__file__).parent / "migrations"
+_MIGRATE = "run `celery -A <app> batchtrack migrate` (in a Django project, `manage.py migrate`)"
 #: Key of the advisory lock that lets one of several `migrate` work at a time (PostgreSQL).
 _LOCK = 0x62746D67
 
@@ -67,12 +68,12 @@ def refusal(found: State, url: str) -> errors.SchemaError:
     """The error for a database that does not fit, with what to do."""
     if found is State.EMPTY:
         return errors.SchemaMissing(
-            f"tracking database {url} has no batchtrack tables: run `celery -A <app> batchtrack migrate`"
+            f"tracking database {url} has no batchtrack tables: {_MIGRATE}"
         )
     if found is State.OLDER:
         return errors.SchemaOutdated(
             f"tracking database {url} has an older schema than this version of celery-batchtrack: "
-            "run `celery -A <app> batchtrack migrate`"
+            f"{_MIGRATE}"
         )
     return errors.SchemaTooNew(
         f"tracking database {url} has a newer schema than this version of celery-batchtrack: "

@@ -1,0 +1,27 @@
+"""Django's migrations and ours keep step."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from alembic.script import ScriptDirectory
+
+import celery_batchtrack
+from celery_batchtrack.store import migrate
+
+MIGRATIONS = Path(celery_batchtrack.__file__).parent / "django" / "migrations"
+
+
+def test_the_newest_migration_of_django_brings_our_newest_step() -> None:
+    """Else a test database would be older than the code. A new step of ours needs a new migration there: copy the
+    newest, and let it name the step."""
+    found = {path.name: re.search(r'^REVISION = "(\w+)"$', path.read_text(), re.MULTILINE) for path in _migrations()}
+    assert None not in found.values(), "each names the step that it brings"
+    brought = [match[1] for match in found.values() if match is not None]
+    assert brought[-1] == ScriptDirectory.from_config(migrate.config()).get_current_head()
+    assert brought == sorted(brought)
+
+
+def _migrations() -> list[Path]:
+    return sorted(MIGRATIONS.glob("[0-9]*.py"))
