@@ -95,6 +95,8 @@ def _ids_from(text: str) -> tuple[uuid.UUID, uuid.UUID] | None:
 
 
 class _BatchList(ChangeList):
+    result_list: Any
+
     def get_results(self, request: HttpRequest) -> None:
         super().get_results(request)
         self.result_list = list(self.result_list)

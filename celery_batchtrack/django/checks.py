@@ -40,7 +40,8 @@ def _app() -> Iterator[CheckMessage]:
     found = tables.extension()
     if found is None:
         module = settings.SETTINGS_MODULE or "shop.settings"
-        yield Error("celery_batchtrack: no Celery app.", hint=_NO_APP.format(module.split(".")[0], module), id=_id("E001"))
+        hint = _NO_APP.format(module.split(".")[0], module)
+        yield Error("celery_batchtrack: no Celery app.", hint=hint, id=_id("E001"))
         return
     try:
         wanted = configuration.load(found.app, warn=False)

@@ -2,8 +2,8 @@
 written by the package.
 
 Django makes and alters nothing here: its migrations hold these models as state only. Yet they are not
-``managed = False``, since `flush`, by which a TransactionTestCase cleans up, would leave them out: batches would stay from
-test to test, and PostgreSQL truncates no table of an owner while ours, which refers to it, is left.
+``managed = False``, since `flush`, by which a TransactionTestCase cleans up, would leave them out: batches would stay
+from test to test, and PostgreSQL truncates no table of an owner while ours, which refers to it, is left.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def extension() -> BatchTrack | None:
     try:
         return BatchTrack.of()
     except errors.ImproperlyConfigured:
-        found = [app.batchtrack for app in _get_active_apps() if isinstance(getattr(app, "batchtrack", None), BatchTrack)]
-        return found[0] if found else None
+        found = [getattr(app, "batchtrack", None) for app in _get_active_apps()]
+        return next((each for each in found if isinstance(each, BatchTrack)), None)
 
 
 def tracking_alias() -> str | None:

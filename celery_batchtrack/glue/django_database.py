@@ -87,6 +87,9 @@ def resolve(alias: str) -> Resolved:
     SQLite."""
     connection = connection_of(alias)
     settings = connection.settings_dict
+    if _under_test():  # what keeps a test from the database, keeps it from ours: it may not be the test's own yet
+        with _translated(alias):
+            connection.ensure_connection()
     if connection.vendor == "sqlite":
         return _sqlite(alias, settings)
     if connection.vendor == "postgresql":
@@ -101,8 +104,8 @@ def _sqlite(alias: str, settings: Mapping[str, Any]) -> Resolved:
     name, query = str(settings["NAME"]), {}
     if name == ":memory:":
         raise errors.ImproperlyConfigured(
-            f"batchtrack_database_url = 'django:{alias}' is in memory (':memory:'), where no second connection finds it: "
-            "name a file"
+            f"batchtrack_database_url = 'django:{alias}' is in memory (':memory:'), where no second connection finds "
+            "it: name a file"
         )
     if name.startswith("file:"):
         name, _, parameters = name.partition("?")

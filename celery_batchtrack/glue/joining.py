@@ -105,7 +105,7 @@ def _sent(extension: BatchTrack, batch_id: uuid.UUID) -> bool:
         if extension.store.batch(batch_id) is None:
             return False
         starting.send(extension, batch_id)
-    except Exception:
+    except Exception:  # noqa: BLE001 (a broker may raise anything)
         logger.exception("action=start_waits batch %s (a sweep sends its children)", batch_id)
     return True
 
@@ -152,8 +152,8 @@ class Deferred:
             starting.create(self._extension, self._new, self._children)
         except Exception as error:
             logger.error(
-                "action=create_lost batch %s %r of %d children was not created, although its transaction was committed: "
-                "%s. Create it anew; with transaction='django' both are committed, or neither",
+                "action=create_lost batch %s %r of %d children was not created, although its transaction was "
+                "committed: %s. Create it anew; with transaction='django' both are committed, or neither",
                 self._new.id, self._new.name, len(self._children), error,
             )  # fmt: skip
             raise

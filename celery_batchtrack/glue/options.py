@@ -36,9 +36,9 @@ class BatchOptions(TypedDict, total=False):
     ``owner``: the application's own row that this batch goes with when that is deleted: ``{"upload": 4711}``, or an
     object of a model whose table is named in the setting `batchtrack_owners`.
     ``on_crash`` (a name or a `CrashPolicy`) and ``max_crashes``: instead of what the children's tasks declare.
-    ``transaction``: a batch that is created in the application's own transaction, which must be on the tracking database:
-    an SQLAlchemy Session or Connection, or ``"django"`` (``"django:alias"``). It commits or rolls back with that, and
-    its children are sent after the commit; ``start="now"`` has no effect.
+    ``transaction``: an SQLAlchemy Session or Connection, or ``"django"`` (``"django:alias"``), on the tracking
+    database: the batch is created in that transaction, commits or rolls back with it, and its children are sent after
+    the commit; ``start="now"`` has no effect.
     ``max_crash_rate``: text such as ``"20%"``: if more of the runs that ended within ``crash_window`` (seconds, or
     text; default 5 minutes) died, and at least three, the batch is paused; ``batch.resume()`` goes on.
     """

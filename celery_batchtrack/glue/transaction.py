@@ -64,10 +64,11 @@ class Held:
     def __json__(self) -> NoReturn:
         raise errors.InvalidOption(
             "a chord with transaction=session is to be sent in a message or kept in a row, where no session can go: "
-            "leave transaction= out of chords within chains and chords, or give the outermost one, which is started here"
+            "leave transaction= out of chords within chains and chords, or give it to the outermost one, which is "
+            "started here"
         )
 
-    __reduce__ = __json__  # type: ignore[assignment]
+    __reduce__ = __json__
 
 
 def kept(value: Any) -> Any:

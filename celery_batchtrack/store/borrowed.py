@@ -80,9 +80,9 @@ def place_of(connection: sa.Connection) -> Place:
     if connection.dialect.name == "sqlite":
         path = connection.exec_driver_sql("PRAGMA database_list").all()[0][2]
         return Place(found, (os.path.realpath(path),) if path else ())
-    name, started = connection.execute(
-        sa.select(sa.func.current_database(), sa.cast(sa.func.pg_postmaster_start_time(), sa.Text))
-    ).one()
+    # As a number: as text, it is in the time zone of the connection.
+    started_at = sa.extract("epoch", sa.func.pg_postmaster_start_time())
+    name, started = connection.execute(sa.select(sa.func.current_database(), started_at)).one()
     return Place(found, (str(name), str(started)))
 
 
@@ -97,8 +97,8 @@ def check_place(own: Connected, connection: sa.Connection) -> None:
         url = connection.engine.url.render_as_string(hide_password=True)
         raise errors.InvalidOption(
             f"transaction=… is on the database {url}{_told(theirs)}, but the tracking database is "
-            f"{own.shown_url}{_told(mine)}: a batch can be created in a transaction of the tracking database only. Leave "
-            "out transaction=, or let batchtrack_database_url name the application's own database"
+            f"{own.shown_url}{_told(mine)}: a batch can be created in a transaction of the tracking database only. "
+            "Leave out transaction=, or let batchtrack_database_url name the application's own database"
         )
 
 

@@ -33,7 +33,8 @@ class Moment(sa.TypeDecorator[datetime]):
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> Any:
-        return dialect.type_descriptor(_SqliteMoment() if dialect.name == "sqlite" else sa.DateTime(timezone=True))
+        kind: Any = _SqliteMoment
+        return dialect.type_descriptor(kind() if dialect.name == "sqlite" else sa.DateTime(timezone=True))
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         if value is None:

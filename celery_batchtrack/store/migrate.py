@@ -67,13 +67,10 @@ def reaches(connection: sa.Connection, revision: str = "head") -> bool:
 def refusal(found: State, url: str) -> errors.SchemaError:
     """The error for a database that does not fit, with what to do."""
     if found is State.EMPTY:
-        return errors.SchemaMissing(
-            f"tracking database {url} has no batchtrack tables: {_MIGRATE}"
-        )
+        return errors.SchemaMissing(f"tracking database {url} has no batchtrack tables: {_MIGRATE}")
     if found is State.OLDER:
         return errors.SchemaOutdated(
-            f"tracking database {url} has an older schema than this version of celery-batchtrack: "
-            f"{_MIGRATE}"
+            f"tracking database {url} has an older schema than this version of celery-batchtrack: {_MIGRATE}"
         )
     return errors.SchemaTooNew(
         f"tracking database {url} has a newer schema than this version of celery-batchtrack: "

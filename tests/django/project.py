@@ -62,13 +62,15 @@ class Project:
 
     def run(self, script: str, *, code: int = 0, settings: str | None = None) -> str:
         """Output of a script of the project."""
-        whole = f"import django\ndjango.setup()\nimport shop.celery\n{textwrap.dedent(script)}"
-        return self._python("-c", whole, cwd=self.folder, code=code, settings=settings or "shop.settings")
+        name = f"{unique('script')}.py"
+        self.write(name, f"import django\ndjango.setup()\nimport shop.celery\n{textwrap.dedent(script)}")
+        return self._python(name, cwd=self.folder, code=code, settings=settings or "shop.settings")
 
     def worker(self) -> ProcessWorker:
         """``celery -A shop worker``, not started."""
         return ProcessWorker(
-            "shop", "--without-mingle", "--without-gossip", folder=self.folder, cwd=self.folder, env={"PYTHONPATH": str(ROOT)}
+            "shop", "--without-mingle", "--without-gossip", folder=self.folder, cwd=self.folder,
+            env={"PYTHONPATH": str(ROOT)},
         )  # fmt: skip
 
     def _python(self, *args: str, cwd: Path, code: int = 0, settings: str | None = None) -> str:

@@ -1,12 +1,14 @@
 """Becomes ``uploads/test_suite.py`` of the project: what holds in Django's own tests."""
 
+from datetime import UTC, datetime, timedelta
 from unittest import mock
+
+from django.db import connection, transaction
+from django.test import SimpleTestCase, TestCase, TransactionTestCase
 
 from celery_batchtrack import Batch, chord, errors
 from celery_batchtrack.glue import starting
 from celery_batchtrack.glue.extension import BatchTrack
-from django.db import connection, transaction
-from django.test import SimpleTestCase, TestCase, TransactionTestCase
 
 from .models import Upload
 from .tasks import count, store
@@ -65,6 +67,10 @@ class InATestCase(TestCase):
         self.assertEqual(batch.status, "completed")
         Upload.objects.all().delete()
         self.assertEqual(Batch.find(), [])
+
+    def test_times_are_those_of_the_database(self):
+        batch = Batch.create("upload", [count.s(["a"])])
+        self.assertLess(abs(datetime.now(UTC) - batch.row.created_at), timedelta(minutes=1))
 
     def test_the_pulse_is_nobodys_thread(self):
         Batch.create("upload", [count.s(["a"])])
@@ -142,9 +148,9 @@ class InTransactions(TransactionTestCase):
 
     def test_what_cannot_be_created_after_the_commit_is_told(self):
         broken = mock.patch.object(starting, "create", side_effect=errors.DatabaseUnavailable("away"))
-        with broken, self.assertLogs("celery_batchtrack", "ERROR") as log:
-            with self.assertRaises(errors.DatabaseUnavailable), transaction.atomic():
-                Batch.create("upload", [count.s(["a"])])
+        fails = self.assertRaises(errors.DatabaseUnavailable)
+        with broken, self.assertLogs("celery_batchtrack", "ERROR") as log, fails, transaction.atomic():
+            Batch.create("upload", [count.s(["a"])])
         self.assertIn("action=create_lost", log.output[0])
         self.assertIn("Create it anew", log.output[0])
 

@@ -45,7 +45,7 @@ from celery_batchtrack import Batch
 from uploads.models import Upload
 client = Client(raise_request_exception=False)
 assert client.post("/uploads/", {"name": "refused", "text": "one"}).status_code == 500
-assert Batch.find() == [] and Upload.objects.count() == 0
+assert Batch.find(name="upload") == [] and Upload.objects.count() == 0
 answer = client.post("/uploads/", {"name": "poem", "text": "one two\\nthree"}).json()
 batch = Batch.get(answer["batch"])
 assert batch.wait(timeout=30, callbacks=True) == "completed", batch.report()
@@ -53,7 +53,7 @@ assert Upload.objects.get(id=answer["upload"]).words == 3
 assert client.get(f"/progress/{answer['batch']}/").json()["percent"] == 100
 assert batch.row.opened_by is None
 Upload.objects.all().delete()
-assert Batch.find() == []
+assert Batch.find(name="upload") == []
 print("as it should be")
 """
 
@@ -63,9 +63,14 @@ def test_a_worker_runs_what_a_view_has_committed(project: Project) -> None:
         assert "as it should be" in project.run(UPLOAD)
 
 
-def test_a_test_run_without_migrations_has_its_tables(project: Project) -> None:
-    without = project.settings('MIGRATION_MODULES = {"celery_batchtrack": None, "uploads": None}')
-    assert "\nOK\n" in project.manage("test", "uploads.tests", settings=without)
+def test_a_test_run_without_migrations_and_time_zones_has_its_tables(project: Project) -> None:
+    project.write("uploads/test_suite.py", SUITE.read_text())
+    without = project.settings("""
+        MIGRATION_MODULES = {"celery_batchtrack": None, "uploads": None}
+        USE_TZ, TIME_ZONE = False, "Asia/Tokyo"
+    """)
+    names = ("uploads.tests", "uploads.test_suite.InATestCase")
+    assert "\nOK\n" in project.manage("test", *names, settings=without)
 
 
 def test_an_alias_that_is_not_the_tracking_database_gets_no_tables(on_sqlite: Project) -> None:

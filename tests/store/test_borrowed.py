@@ -201,6 +201,18 @@ def test_a_connection_in_autocommit_mode_is_refused(store: Store, engine: sa.Eng
         create(store, connection)
 
 
+def test_a_session_in_another_time_zone_is_on_the_same_database(store: Store, engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        if not store.sqlite:
+            connection.execute(sa.text("SET TimeZone = 'Asia/Tokyo'"))
+        batch_id = create(store, connection)
+        connection.commit()
+    row = store.batch(batch_id)
+    assert row is not None
+    assert row.created_at is not None
+    assert abs((datetime.now(UTC) - row.created_at).total_seconds()) < 60
+
+
 def test_asynchronous_sessions_are_refused_with_what_to_do() -> None:
     asynchronous = type("AsyncSession", (), {"__module__": "sqlalchemy.ext.asyncio.session"})  # which needs greenlet
     with pytest.raises(errors.InvalidOption, match="run_sync"):
@@ -231,9 +243,9 @@ def test_a_copy_of_the_tracking_database_is_refused_on_sqlite(sqlite_url: str) -
     store.dispose()
     copied = f"{store.url.database}.copy"
     shutil.copy(str(store.url.database), copied)
-    with Session(sa.create_engine(f"sqlite:///{copied}")) as session:
-        with pytest.raises(errors.InvalidOption, match="tracking database"):
-            create(store, session)
+    engine = sa.create_engine(f"sqlite:///{copied}")
+    with Session(engine) as session, pytest.raises(errors.InvalidOption, match="tracking database"):
+        create(store, session)
 
 
 def test_a_copy_of_the_tracking_database_is_refused_on_postgresql(postgres_server: PostgresServer) -> None:

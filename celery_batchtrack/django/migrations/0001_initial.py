@@ -13,7 +13,7 @@ REVISION = "0003"
 class Migration(migrations.Migration):
     initial = True
 
-    dependencies = []
+    dependencies: list[tuple[str, str]] = []
 
     operations = [
         migrations.RunPython(tables.migration_to(REVISION), tables.nothing),
