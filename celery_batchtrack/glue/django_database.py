@@ -100,6 +100,13 @@ def resolve(alias: str) -> Resolved:
     )
 
 
+def shown(alias: str) -> str:
+    """The database, for messages."""
+    settings = connection_of(alias).settings_dict
+    host = f" at {settings['HOST']}" if settings.get("HOST") else ""
+    return f"{settings['NAME']}{host} (Django's {alias!r})"
+
+
 def _sqlite(alias: str, settings: Mapping[str, Any]) -> Resolved:
     name, query = str(settings["NAME"]), {}
     if name == ":memory:":

@@ -29,8 +29,10 @@ def joined(extension: BatchTrack, wanted: Any) -> Joined | Deferred | None:
         wanted = transaction.of_django(wanted, extension.django_alias)
     if wanted is not None:
         return Joined(extension, wanted)
-    alias = extension.django_alias or django_database.DEFAULT
-    return Deferred(extension, alias) if django_database.in_atomic(alias) else None
+    for alias in dict.fromkeys((extension.django_alias or django_database.DEFAULT, django_database.DEFAULT)):
+        if django_database.in_atomic(alias):
+            return Deferred(extension, alias)
+    return None
 
 
 class Joined:
@@ -51,7 +53,7 @@ class Joined:
         with contextlib.ExitStack() as stack:
             connection = stack.enter_context(self._outer.block())
             if not self._is_the_stores():
-                check_place(own, connection)
+                check_place(own, connection, self._outer.where)
             self._store = own.within(lambda: contextlib.nullcontext(connection))
             self._stack = stack.pop_all()
         return self

@@ -21,6 +21,10 @@ class Transaction(Protocol):
     def block(self) -> AbstractContextManager[Any]:
         """Its connection, for SQLAlchemy, within a savepoint."""
 
+    @property
+    def where(self) -> str | None:
+        """Its database, where the connection itself does not tell."""
+
     def refuse_ended(self) -> None:
         """Raise BatchStateError if it ended since the block began."""
 
@@ -38,6 +42,10 @@ class DjangoTransaction:
     def block(self) -> Iterator[Any]:
         with django_database.atomic(self.alias), django_database.lend(self.alias)() as connection:
             yield connection
+
+    @property
+    def where(self) -> str | None:
+        return django_database.shown(self.alias)
 
     def refuse_ended(self) -> None:
         """Django lets nobody end it inside an atomic block."""

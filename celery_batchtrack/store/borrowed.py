@@ -86,17 +86,17 @@ def place_of(connection: sa.Connection) -> Place:
     return Place(found, (str(name), str(started)))
 
 
-def check_place(own: Connected, connection: sa.Connection) -> None:
+def check_place(own: Connected, connection: sa.Connection, where: str | None = None) -> None:
     """Raises InvalidOption unless the connection leads to the tracking database: rows that are written elsewhere would
-    never be found."""
+    never be found. `where`: what it leads to, if its engine does not know."""
     theirs = place_of(connection)
     _use_once(own, connection)
     with own._raw_read() as ours:
         mine = place_of(ours)
     if mine != theirs:
-        url = connection.engine.url.render_as_string(hide_password=True)
+        where = where or connection.engine.url.render_as_string(hide_password=True)
         raise errors.InvalidOption(
-            f"transaction=… is on the database {url}{_told(theirs)}, but the tracking database is "
+            f"transaction=… is on the database {where}{_told(theirs)}, but the tracking database is "
             f"{own.shown_url}{_told(mine)}: a batch can be created in a transaction of the tracking database only. "
             "Leave out transaction=, or let batchtrack_database_url name the application's own database"
         )

@@ -40,6 +40,7 @@ class SqlTransaction:
         return None
 
     _nested: Any = None
+    where: str | None = None  # the connection tells
 
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.django.project import Project, readme_files
 
 SUITE = Path(__file__).with_name("suite.py")
@@ -32,8 +34,8 @@ print(out.getvalue())
 """
 
 
-def test_its_migrations_are_complete_and_its_tables_current(project: Project) -> None:
-    output = project.run(COMPLETE)
+def test_its_migrations_are_complete_and_its_tables_current(on_sqlite: Project) -> None:
+    output = on_sqlite.run(COMPLETE)
     assert "No changes detected" in output
     assert "no issues" in output
     assert "No migrations to apply" in output
@@ -63,35 +65,91 @@ def test_a_worker_runs_what_a_view_has_committed(project: Project) -> None:
         assert "as it should be" in project.run(UPLOAD)
 
 
-def test_a_test_run_without_migrations_and_time_zones_has_its_tables(project: Project) -> None:
+TESTS = """
+from django.core.management import call_command
+from celery_batchtrack import BatchTrack
+store = BatchTrack.of().store
+before, place = store.store_id, store.shown_url
+call_command("test", "uploads.tests", "uploads.test_suite.InATestCase")
+store = BatchTrack.of().store
+assert (store.store_id, store.shown_url) == (before, place)
+"""
+
+
+def test_a_test_run_without_migrations_and_time_zones_has_its_tables_and_keeps_to_its_database(
+    project: Project,
+) -> None:
     project.write("uploads/test_suite.py", SUITE.read_text())
     without = project.settings("""
         MIGRATION_MODULES = {"celery_batchtrack": None, "uploads": None}
         USE_TZ, TIME_ZONE = False, "Asia/Tokyo"
+        CELERY_TASK_ALWAYS_EAGER = True
     """)
-    names = ("uploads.tests", "uploads.test_suite.InATestCase")
-    assert "\nOK\n" in project.manage("test", *names, settings=without)
+    assert "\nOK\n" in project.run(TESTS, settings=without)
 
 
-def test_an_alias_that_is_not_the_tracking_database_gets_no_tables(on_sqlite: Project) -> None:
-    two = on_sqlite.settings("""
-        DATABASES["other"] = {"ENGINE": "django.db.backends.sqlite3", "NAME": BASE_DIR / "other.sqlite3"}
+TWO = """
+from django.contrib.auth.models import User
+from django.core.management import call_command
+from django.db import connections, transaction
+from django.test import Client
+from celery_batchtrack import Batch, errors
+from uploads.tasks import count
+
+call_command("migrate", database="other", verbosity=0)
+
+def tables(alias):
+    return [name for name in connections[alias].introspection.table_names() if "batchtrack" in name]
+
+if TRACKED:
+    assert "batchtrack_batch" in tables("other")
+    with transaction.atomic():  # of default: it is waited for, too
+        late = Batch.create("late", [count.s(["a"])])
+        assert Batch.find() == []
+    assert late.status == "completed"
+    with transaction.atomic(using="other"):
+        late = Batch.create("late", [count.s(["a"])], transaction="django")
+        assert Batch.find(status="running") == []
+    assert late.status == "completed"
+    with transaction.atomic(), transaction.atomic(using="other"):
+        Batch.create("rolled back", [count.s(["a"])], transaction="django")
+        transaction.set_rollback(True, using="other")
+    assert Batch.find(name="rolled back") == []
+    User.objects.create_superuser("two", "", "secret")
+    client = Client()
+    client.login(username="two", password="secret")
+    page = client.get("/admin/celery_batchtrack/batch/").content.decode()
+    assert page.count("late") >= 2
+    where = "django:default"
+else:
+    assert tables("other") == []
+    where = "django:other"
+try:
+    Batch.create("upload", [count.s(["a"])], transaction=where)
+except errors.InvalidOption as error:
+    assert "db.sqlite3" in str(error) and "other.sqlite3" in str(error), error
+else:
+    raise AssertionError("written in another database")
+print("kept apart")
+"""
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_two_databases_are_kept_apart(on_sqlite: Project, tmp_path: Path, tracked: bool) -> None:
+    two = on_sqlite.settings(f"""
+        DATABASES["other"] = {{"ENGINE": "django.db.backends.sqlite3", "NAME": "{tmp_path}/other.sqlite3"}}
+        CELERY_TASK_ALWAYS_EAGER = True
+        CELERY_BATCHTRACK_OWNERS = {{}}
+        CELERY_BATCHTRACK_DATABASE_URL = "django:{"other" if tracked else "default"}"
     """)
-    on_sqlite.manage("migrate", "--database", "other", settings=two)
-    script = """
-        from django.db import connections
-        from celery_batchtrack import Batch, errors
-        from uploads.tasks import count
-        print(sorted(name for name in connections["other"].introspection.table_names() if "batchtrack" in name))
-        try:
-            Batch.create("upload", [count.s(["a"])], transaction="django:other")
-        except errors.InvalidOption as error:
-            print(error)
-    """
-    output = on_sqlite.run(script, settings=two)
-    assert output.startswith("[]\n")
-    assert "no batchtrack tables" in output
-    assert "db.sqlite3" in output
+    if tracked:
+        fresh = on_sqlite.settings(f"""
+            from shop.{two.rpartition(".")[2]} import *
+            DATABASES["default"]["NAME"] = "{tmp_path}/db.sqlite3"
+        """)
+        two = fresh
+        on_sqlite.manage("migrate", settings=fresh)
+    assert "kept apart" in on_sqlite.run(f"TRACKED = {tracked}\n{TWO}", settings=two)
 
 
 KEPT = """

@@ -64,7 +64,13 @@ class Shop:
 
 
 @pytest.fixture
-def shop(database_url: str) -> Iterator[Shop]:
+def store(database_url: str) -> str:
+    """Its name gets a migrated database."""
+    return database_url
+
+
+@pytest.fixture
+def shop(store: str, database_url: str) -> Iterator[Shop]:
     shop = Shop(database_url)
     yield shop
     shop.batchtrack.reset()
