@@ -74,7 +74,6 @@ class _OfSession(SqlTransaction):
     @contextlib.contextmanager
     def block(self) -> Iterator[sa.Connection]:
         session = self._session
-        session.flush()  # rows of owners have their keys
         try:
             begun(session.connection())
         except exc.UnboundExecutionError:
@@ -82,7 +81,7 @@ class _OfSession(SqlTransaction):
                 "transaction=: the session has no one database: give the connection of the tracking database, "
                 "session.connection(bind_arguments={'mapper': …})"
             ) from None
-        with session.begin_nested() as self._nested:
+        with session.begin_nested() as self._nested:  # flushes first, so that rows of owners have their keys
             yield session.connection()  # only now is it in the savepoint
             self.refuse_ended()
 

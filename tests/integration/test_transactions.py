@@ -224,11 +224,13 @@ def test_nothing_is_registered_for_who_creates_in_a_transaction(shop: Shop, sess
 def test_a_chord_runs_after_the_commit(shop: Shop, session: Session) -> None:
     header = [shop.index.s("a"), shop.index.s("b")]
     result = chord(header, app=shop.app, batch={"transaction": session})(shop.merge.s())
+    result.batch._pause = lambda seconds: pytest.fail("waits for what only its own commit could bring")
     with pytest.raises(errors.BatchNotFound, match="has not been committed"):
         result.get(timeout=5)
     assert shop.ran == []
     session.commit()
     assert result.get(timeout=5) == "a+b"
+    assert result.batch.status == "completed"
 
 
 def test_a_generators_chord_runs_after_the_commit_too(shop: Shop, session: Session) -> None:
