@@ -70,7 +70,7 @@ from django.core.management import call_command
 from celery_batchtrack import BatchTrack
 store = BatchTrack.of().store
 before, place = store.store_id, store.shown_url
-call_command("test", "uploads.tests", "uploads.test_suite.InATestCase")
+call_command("test", "uploads")
 store = BatchTrack.of().store
 assert (store.store_id, store.shown_url) == (before, place)
 """
