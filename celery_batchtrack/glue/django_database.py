@@ -139,8 +139,9 @@ def _postgresql(settings: Mapping[str, Any]) -> Resolved:
 
 
 def _blocks(alias: str) -> list[Any]:
-    """The atomic blocks of this thread, outermost first."""
-    return list(getattr(connection_of(alias), "atomic_blocks", ()))
+    """The atomic blocks of this thread, outermost first. A connection that it never had is not made for that."""
+    made = getattr(databases()._connections, alias, None)
+    return list(getattr(made, "atomic_blocks", ()))
 
 
 def _is_a_tests(block: Any) -> bool:
@@ -155,7 +156,7 @@ def in_test(alias: str) -> bool:
 
 def in_atomic(alias: str) -> bool:
     """Whether the application is in ``atomic()``; those of a `TestCase` are not the application's."""
-    return is_used() and alias in databases().databases and any(not _is_a_tests(each) for each in _blocks(alias))
+    return is_used() and any(not _is_a_tests(each) for each in _blocks(alias))
 
 
 def lend(alias: str) -> Lend:

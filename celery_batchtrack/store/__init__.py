@@ -25,7 +25,7 @@ class Store(
     """Everything the tracking database is asked, by topic."""
 
     def within(self, lend: Lend) -> BorrowedStore:
-        """The same, on connections that are lent, in whose transactions it writes."""
+        """The same, on connections that are lent and in whose transactions it writes."""
         return BorrowedStore(self, lend)
 
 

@@ -29,8 +29,9 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def _migrated(project: Project) -> None:
-    project.manage("makemigrations", "uploads")
-    project.manage("migrate")
+    commands = ('"makemigrations", "uploads"', '"migrate"')
+    calls = "\n".join(f"call_command({command}, verbosity=0)" for command in commands)
+    project.run(f"from django.core.management import call_command\n{calls}")
 
 
 @pytest.fixture

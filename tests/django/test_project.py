@@ -102,6 +102,7 @@ def tables(alias):
     return [name for name in connections[alias].introspection.table_names() if "batchtrack" in name]
 
 if TRACKED:
+    call_command("migrate", verbosity=0)
     assert "batchtrack_batch" in tables("other")
     with transaction.atomic():  # of default: it is waited for, too
         late = Batch.create("late", [count.s(["a"])])
@@ -148,7 +149,6 @@ def test_two_databases_are_kept_apart(on_sqlite: Project, tmp_path: Path, tracke
             DATABASES["default"]["NAME"] = "{tmp_path}/db.sqlite3"
         """)
         two = fresh
-        on_sqlite.manage("migrate", settings=fresh)
     assert "kept apart" in on_sqlite.run(f"TRACKED = {tracked}\n{TWO}", settings=two)
 
 
