@@ -202,7 +202,8 @@ _WORST_FIRST = [Status.CRASHED, Status.FAILED, Status.CANCELLED, Status.RUNNING,
 def _worst(batch: Any) -> list[Any]:
     """Some children: those with incidents, those that run, and the first ones."""
     unhappy = batch.incidents.values_list("position", flat=True).order_by("position").distinct()[:_SHOWN]
-    running = batch.children.filter(kind=Kind.CHILD, status=Status.RUNNING)[:_SHOWN]
+    # In no order: else the index of what is open would not be used.
+    running = batch.children.filter(kind=Kind.CHILD, status=Status.RUNNING).order_by()[:_SHOWN]
     found = {each.position: each for each in batch.children.filter(position__in=list(unhappy))}
     found.update((each.position, each) for each in running)
     found.update((each.position, each) for each in batch.children.filter(kind=Kind.CHILD)[:20])
@@ -267,13 +268,16 @@ class ChildAdmin(_OfABatch):
     list_display = ("link", "of_batch", "kind", "status", "cause", "attempt", "crashes", "started_at", "finished_at")
     list_display_links = None
     list_filter = (_OfOneBatch, _by("status", Status))
-    ordering = ("-batch_id", "position")
     fields = (
         "of_batch", "position", "task", "task_id", "kind", "status", "cause", "round", "attempt", "crashes", "items",
         "item_count", "queue", "created_at", "dispatched_at", "started_at", "finished_at",
         "incidents",
     )  # fmt: skip
     readonly_fields = ("of_batch", "incidents")
+
+    def get_ordering(self, request: HttpRequest) -> tuple[str, ...]:
+        """As the primary key has them, so that nothing is sorted."""
+        return ("batch_id", "position") if request.GET.get("batch_id") else ("-batch_id", "-position")
 
     def get_object(self, request: HttpRequest, object_id: str, from_field: Any = None) -> Any:
         batch_id, _, position = object_id.rpartition("-")
