@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from celery_batchtrack.vocabulary.states import BatchStatus, EndReason, Status
 from . import capture, codec, rows, signatures, starting
 from .extension import BatchTrack
 from .growing import Growth
+from .joining import Deferred, Joined, joined
 from .narrate import logger
 from .options import ValidOptions, overridden, retried, validated
 from .progress import shown
@@ -84,6 +86,9 @@ class Batch:
         self._chord: dict[str, Any] = {}
         self._more: Growth | None = None
         self._captured: capture.Captured = {}
+        self._joined: Joined | Deferred | None = None
+        #: It begins with a transaction whose commit nobody has told of yet.
+        self._uncommitted = False
         self._outer = outer
         #: Ids of the children's results, where they were given here; empty on a handle from `get`.
         self.task_ids: list[str] = []
@@ -147,10 +152,21 @@ class Batch:
             raise errors.BatchStateError("a batch is filled once: make a new Batch(…)")
         if self._more is not None and not self._more.reopens:
             self._more.begin(None)  # a child of it runs: that holds it
+        elif self._more is None:
+            self._joined = joined(self._extension, self._options.transaction)
+            self._open_in_transaction() if self._joined is not None else self._open_as_client()
         else:
             self._open_as_client()
         self._opened = True
         return self
+
+    def _open_in_transaction(self) -> None:
+        assert self._joined is not None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._joined)
+            self._create(None)
+            stack.pop_all()  # it is left at the end of the block
+        self._uncommitted = True
 
     def _open_as_client(self) -> None:
         """With a pulse, so that the batch is cancelled if this process dies before it is sealed."""
@@ -165,7 +181,7 @@ class Batch:
             self._client.__exit__(None, None, None)
             raise
 
-    def _create(self, opener: uuid.UUID) -> None:
+    def _create(self, opener: uuid.UUID | None) -> None:
         extension, options = self._extension, self._options
         assert options is not None
         _keep_order(self._outer)
@@ -175,7 +191,10 @@ class Batch:
             **self._chord,
         )  # fmt: skip
         self.result_id = new.result_id
-        starting.insert(extension, new)
+        if self._joined is None:
+            starting.insert(extension, new)
+        else:
+            self._joined.insert(new)
 
     def add(self, *children: Any, weight: int | None = None) -> None:
         """Add children (signatures of any shape). Raises BatchStateError outside the ``with`` block, or if the batch
@@ -214,11 +233,14 @@ class Batch:
             return
         block, self._buffer = self._buffer, []
         self._broken = True  # until the block is known to be written: it may be lost, or there already
-        added = self._extension.store.add(self.id, block) if self._more is None else self._more.add(block)
+        if self._joined is not None:
+            added = self._joined.add(self.id, block)
+        else:
+            added = self._extension.store.add(self.id, block) if self._more is None else self._more.add(block)
         self._broken = False
         if added is None:
             raise errors.BatchStateError(f"batch {self.id} is open no more: it was {self.status} meanwhile")
-        if self._options is not None and self._options.start_now:
+        if self._options is not None and self._options.start_now and self._joined is None:
             dispatch.pump(self._extension.tracker, self.id)
 
     def _check_whole(self) -> None:
@@ -231,6 +253,9 @@ class Batch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._opened = False
+        if self._joined is not None:
+            self._leave_transaction(self._joined, kind, error, trace)
+            return
         try:
             if kind is None:
                 self._seal()
@@ -239,6 +264,40 @@ class Batch:
         finally:
             if self._client is not None:
                 self._client.__exit__(None, None, None)
+
+    def _leave_transaction(self, outer: Joined | Deferred, *raised: Any) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.push(outer)
+            if raised[0] is not None:
+                stack.pop_all().__exit__(*raised)
+                return
+            self._check_whole()
+            self.flush()
+            if not outer.seal(self.id):
+                raise errors.BatchStateError(f"batch {self.id} could not start: somebody ended it meanwhile")
+            outer.afterwards(self.id, self._begun)
+
+    def _begun(self) -> None:
+        self._uncommitted = False
+
+    def _check_committed(self) -> None:
+        """Raises BatchNotFound while its transaction goes on, or if that was rolled back."""
+        if not self._uncommitted:
+            return
+        if not self._is_there():
+            raise errors.BatchNotFound(
+                f"batch {self.id} is not there: the transaction that it begins with has not been committed (yet)"
+            )
+        self._uncommitted = False
+
+    def _is_there(self) -> bool:
+        store = self._extension.store
+        try:
+            return store.batch(self.id) is not None
+        except errors.DatabaseUnavailable:
+            if store.sqlite:  # in memory, as in tests, a table that is being written cannot be read
+                return False
+            raise
 
     def _seal(self) -> None:
         tracker = self._extension.tracker
@@ -267,6 +326,7 @@ class Batch:
     @property
     def row(self) -> BatchRow:
         """The batch's row. Raises BatchNotFound (pruned, or its owner deleted)."""
+        self._check_committed()
         row = self._extension.store.batch(self.id)
         if row is None:
             raise errors.BatchNotFound(f"no batch {self.id}")
@@ -282,6 +342,7 @@ class Batch:
 
     def progress(self) -> Progress:
         """Counts by state, percent, rate, ETA. The cost does not grow with the batch."""
+        self._check_committed()
         return self._extension.store.progress(self.id)
 
     def iter_progress(self, every: float | None = None) -> Iterator[Progress]:
@@ -363,6 +424,7 @@ class Batch:
                 raise errors.InvalidOption(f"{each!r} is no status of a child: {[str(s) for s in Status]}")
         if kind not in ("child", "callbacks"):
             raise errors.InvalidOption(f"kind must be 'child' or 'callbacks', not {kind!r}")
+        self._check_committed()
         rows = self._extension.store.children(
             self.id, statuses=[str(each) for each in statuses], callbacks=kind == "callbacks"
         )
@@ -371,14 +433,17 @@ class Batch:
     def results(self) -> Iterator[Any]:
         """Results of header positions in order, in bounded memory: of those of which something completed. The parts of
         a child that was split are merged as its task says."""
+        self._check_committed()
         return results.of_batch(self._extension.tracker, self.id)
 
     def incidents(self) -> list[IncidentRow]:
         """Evidence of every attempt that did not complete, oldest first."""
+        self._check_committed()
         return self._extension.store.incidents(self.id)
 
     def report(self) -> Report:
         """What became of it: counts, and the children that did not complete."""
+        self._check_committed()
         return report.build(self._extension.tracker, self.id)
 
     # -- acting ----------------------------------------------------------------------------------
@@ -388,6 +453,7 @@ class Batch:
 
         False if it had ended already.
         """
+        self._check_committed()
         return finish.cancel(self._extension.tracker, self.id, terminate=terminate) is not None
 
     def pause(self) -> bool:
@@ -395,10 +461,12 @@ class Batch:
 
         False if it was paused already, or has ended.
         """
+        self._check_committed()
         return finish.pause(self._extension.tracker, self.id)
 
     def resume(self) -> bool:
         """Go on after `pause`, or after the breaker (``max_crash_rate``) paused it. False if it was not paused."""
+        self._check_committed()
         return finish.resume(self._extension.tracker, self.id)
 
     def retry(
@@ -414,6 +482,7 @@ class Batch:
 
         Errors: BatchStateError while the batch runs; InvalidOption.
         """
+        self._check_committed()
         return rounds.retry(self._extension.tracker, self.id, retried(only), overridden(overrides))
 
     def retry_callbacks(self) -> int:
@@ -457,19 +526,27 @@ def start(
     extension: BatchTrack, options: ValidOptions, header: Iterable[Any], *, body: Any = None,
     root_id: str | None = None, parent_id: str | None = None,
 ) -> Batch:  # fmt: skip
-    """Create a sealed batch from signatures, in one transaction, and send its children."""
-    headers = starting.captured(extension)
-    children = [
-        rows.new_child(extension.app, each, f"header element {at}", options.stored)
-        for at, each in enumerate(header)
-    ]
-    new = rows.new_batch(
-        extension.app, extension.settings, options, uuid7(), headers, body=body, root_id=root_id,
-        parent_id=parent_id, children=len(children),
-    )  # fmt: skip
+    """Create a sealed batch from signatures, in one transaction, and send its children: at once, or after the commit of
+    the application's transaction that it begins with."""
+    outer = joined(extension, options.transaction)
+    with outer or contextlib.nullcontext():
+        headers = starting.captured(extension)
+        children = [
+            rows.new_child(extension.app, each, f"header element {at}", options.stored)
+            for at, each in enumerate(header)
+        ]
+        new = rows.new_batch(
+            extension.app, extension.settings, options, uuid7(), headers, body=body, root_id=root_id,
+            parent_id=parent_id, children=len(children),
+        )  # fmt: skip
+        batch = Batch._handle(extension, new.id)
+        batch.result_id = new.result_id
+        batch.task_ids = [child.result_id or child.task_id for child in children]
+        if outer is not None:
+            batch._uncommitted = True
+            outer.insert(new, children, seal=True)
+            outer.afterwards(new.id, batch._begun)
+            return batch
     starting.create(extension, new, children)
     starting.send(extension, new.id)
-    batch = Batch._handle(extension, new.id)
-    batch.result_id = new.result_id
-    batch.task_ids = [child.result_id or child.task_id for child in children]
     return batch

@@ -34,6 +34,7 @@ class _FromTables:
     def _wait_for_body(self, timeout: float | None, interval: float) -> dict[str, Any]:
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = min(interval, self.batch._extension.settings.wait_poll)
+        self.batch._check_committed()  # who waits inside the transaction would wait for ever
         while True:
             meta = self._body_meta()
             if meta["status"] in states.READY_STATES:

@@ -13,6 +13,8 @@ def dumps(value: Any) -> str:
     """Raises `errors.NotSerialisable`, naming the part that is no JSON."""
     try:
         return str(json.dumps(value))
+    except errors.InvalidOption:  # what refuses to be JSON says why
+        raise
     except (TypeError, ValueError, RecursionError) as error:
         raise errors.NotSerialisable(f"{type(value).__name__} is no JSON: {error}") from error
 

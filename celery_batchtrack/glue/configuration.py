@@ -44,7 +44,8 @@ def database_url(app: Any, settings: Settings) -> str:
         return EMBEDDED_DATABASE
     raise errors.ImproperlyConfigured(
         "batchtrack_database_url is not set: name the database that all workers share, e.g. "
-        "'postgresql+psycopg://user@host/name' (only the embedded broker has a default)"
+        "'postgresql+psycopg://user@host/name', or in a Django project 'django:default' (only the embedded broker has "
+        "a default)"
     )
 
 

@@ -11,7 +11,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow
 from celery_batchtrack.vocabulary.settings import Settings
 
-from . import codec, configuration, declare, narrate, rows, signatures, worker
+from . import codec, configuration, declare, django_database, narrate, rows, signatures, worker
 from .attendant import Attendant, Pulse
 from .backend import AppBackend, TablesBackend
 from .capture import Capture, Captures, Hook
@@ -47,6 +47,9 @@ DETECT_TASK = "celery_batchtrack.detect_crashes"
 PRUNE_TASK = "celery_batchtrack.prune"
 DETECT_ENTRY = "batchtrack-detect-crashes"
 PRUNE_ENTRY = "batchtrack-prune"
+
+#: Seconds; longer than any test runs.
+_TESTS_LEASE = 86_400.0
 
 #: What else is to be done for each `BatchTrack(app)`, by modules that need this one.
 INSTALLERS: list[Callable[[BatchTrack], None]] = []
@@ -101,10 +104,13 @@ class BatchTrack:
         self._lock = threading.RLock()
         self._settings: Settings | None = None
         self._tracker: Tracker | None = None
+        self._place: tuple[Any, ...] | None = None  # of a database of Django's, when the tracker was made
+        self._in_test: Tracker | None = None  # the same on Django's own connection
         self._worker: tuple[WorkerIdentity, Boxes] | None = None
         self._pulse: Pulse | None = None
         self._client: _Client | None = None
         self._eager: tuple[int, WorkerIdentity] | None = None
+        self._client_in_test: WorkerIdentity | None = None
         self._worker_pid: int | None = None
         self._base: tuple[Path | None] | None = None  # folder of the black boxes, once chosen
         self._told_of_stacks = False
@@ -224,17 +230,43 @@ class BatchTrack:
     @property
     def tracker(self) -> Tracker:
         """Store, settings and publisher of this app."""
-        if self._tracker is None:
-            with self._lock:
-                if self._tracker is None:
-                    self._tracker = self._make_tracker()
-        return self._tracker
+        alias = self.django_alias
+        tracker = self._tracker
+        if tracker is None or (alias is not None and self._place != django_database.place(alias)):
+            tracker = self._made_tracker(alias)
+        if alias is None or not django_database.in_test(alias):
+            return tracker
+        if self._in_test is None:
+            self._in_test = replace(tracker, store=tracker.store.within(django_database.lend(alias)))
+        return self._in_test
 
-    def _make_tracker(self) -> Tracker:
+    @property
+    def django_alias(self) -> str | None:
+        """Which of Django's databases is the tracking database; None if it is named by a URL of its own."""
+        return django_database.alias_of(self.settings.database_url)
+
+    def _made_tracker(self, alias: str | None) -> Tracker:
+        """Made once; and again when a test runner has put its own database in the place of Django's."""
+        with self._lock:
+            place = None if alias is None else django_database.place(alias)
+            if self._tracker is None or self._place != place:
+                self._forget_client()
+                self._eager = self._in_test = None
+                if self._tracker is not None:
+                    self._tracker.store.dispose()
+                self._tracker, self._place = self._make_tracker(alias), place
+            return self._tracker
+
+    def _make_tracker(self, alias: str | None) -> Tracker:
         settings = self.settings
+        if alias is None:
+            found = django_database.Resolved(configuration.database_url(self.app, settings))
+        else:
+            found = django_database.resolve(alias)
+        by_django = alias is not None and settings.auto_migrate is None  # `manage.py migrate` makes the tables
         store = Store(
-            configuration.database_url(self.app, settings), auto_migrate=settings.auto_migrate,
-            engine_options=settings.engine_options, owners=settings.owners,
+            found.url, auto_migrate=False if by_django else settings.auto_migrate,
+            engine_options={**found.options, **settings.engine_options}, owners=settings.owners, pooled=found.pooled,
         )  # fmt: skip
         return Tracker(
             store, settings, AppPublisher(self.app, self.captures), codec, narrate.subscriber(self.app),
@@ -271,7 +303,7 @@ class BatchTrack:
             self._eager = None
             if self._tracker is not None:
                 self._tracker.store.dispose()
-            self._settings = self._tracker = None
+            self._settings = self._tracker = self._in_test = self._place = None
 
     # -- worker ----------------------------------------------------------------------------------
 
@@ -380,10 +412,32 @@ class BatchTrack:
         """Runs children in this process: under its worker's identity, or a client's."""
         if self._worker is not None:
             return Runner(self.tracker, *self._worker)
-        if self._eager is None or self._eager[0] != os.getpid():
-            self._eager = (os.getpid(), self.begin_client())  # held until the process ends
-        identity = self._eager[1]
-        return Runner(self.tracker, identity, Boxes(None, identity.id))
+        tracker = self.tracker
+        if self._is_a_tests(tracker):
+            identity = self._tests_client(tracker)
+        else:
+            if self._eager is None or self._eager[0] != os.getpid():
+                self._eager = (os.getpid(), self.begin_client())  # held until the process ends
+            identity = self._eager[1]
+        return Runner(tracker, identity, Boxes(None, identity.id))
+
+    def _is_a_tests(self, tracker: Tracker) -> bool:
+        """Whether its database is one that Django's test runner made, and drops while this process goes on."""
+        return tracker is self._in_test or not tracker.store.pooled
+
+    def _tests_client(self, tracker: Tracker) -> WorkerIdentity:
+        """This process as a client: registered anew whenever the rollback or the clean-up of a test has taken it along,
+        and without a pulse, which would be another connection to that database."""
+        identity = self._client_in_test
+        if identity is None or identity.pid != os.getpid():
+            identity = self._client_in_test = self._client_identity()
+        if not tracker.store.knows_worker(identity.id):
+            tracker.store.register(identity.as_new_worker(_TESTS_LEASE, __version__))
+        return identity
+
+    @staticmethod
+    def _client_identity() -> WorkerIdentity:
+        return WorkerIdentity(f"client-{os.getpid()}@{socket.gethostname()}", "client", "client")
 
     # -- client ----------------------------------------------------------------------------------
 
@@ -392,7 +446,7 @@ class BatchTrack:
         must be called once for each call of this."""
         with self._lock:
             if self._client is None or self._client.pid != os.getpid():
-                identity = WorkerIdentity(f"client-{os.getpid()}@{socket.gethostname()}", "client", "client")
+                identity = self._client_identity()
                 pulse = Pulse(self.tracker, identity)
                 pulse.register()
                 pulse.start()
@@ -419,6 +473,10 @@ class BatchTrack:
     @contextlib.contextmanager
     def client(self) -> Iterator[uuid.UUID]:
         """A client's identity for the length of a block. Blocks may overlap, in threads too."""
+        tracker = self.tracker
+        if self._is_a_tests(tracker):
+            yield self._tests_client(tracker).id
+            return
         identity = self.begin_client()
         try:
             yield identity.id

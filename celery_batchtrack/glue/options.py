@@ -18,7 +18,7 @@ from celery_batchtrack.vocabulary.policies import CrashRate, Tolerance
 from celery_batchtrack.vocabulary.settings import seconds, suggestion
 from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, Kind, Status
 
-from . import codec
+from . import codec, transaction
 
 
 class BatchOptions(TypedDict, total=False):
@@ -43,6 +43,9 @@ class BatchOptions(TypedDict, total=False):
     ``priority``: among batches that share the window `batchtrack_max_in_flight`, higher ones are served first
     (default 0); equal ones take turns. It is not the priority of messages: that is the signature's.
     ``queue``: where its children go that do not say so themselves, instead of where their task is routed.
+    ``transaction``: an SQLAlchemy Session or Connection, or ``"django"`` (``"django:alias"``), on the tracking
+    database: the batch is created in that transaction, commits or rolls back with it, and its children are sent after
+    the commit; ``start="now"`` has no effect.
     ``max_crash_rate``: text such as ``"20%"``: if more of the runs that ended within ``crash_window`` (seconds, or
     text; default 5 minutes) died, and at least three, the batch is paused; ``batch.resume()`` goes on.
     """
@@ -67,6 +70,7 @@ class BatchOptions(TypedDict, total=False):
     tags: Sequence[str]
     metadata: Mapping[str, Any]
     owner: Any
+    transaction: Any
     on_success: Any
     on_failure: Any
     on_first_failure: Any
@@ -98,6 +102,7 @@ class ValidOptions:
     deadline: datetime | None = None
     parent_batch: uuid.UUID | None = None
     owner: Any = None
+    transaction: Any = None  # as `transaction.checked` gives it
 
     @property
     def start_now(self) -> bool:
@@ -136,6 +141,7 @@ def validated(options: Mapping[str, Any], default_name: str) -> ValidOptions:
         description=_text("description", options.get("description")), tags=_tags(options.get("tags")),
         metadata=_metadata(options.get("metadata")), deadline_in=deadline_in, deadline=deadline,
         parent_batch=_batch_id(options.get("parent_batch")), owner=options.get("owner"),
+        transaction=transaction.checked(options.get("transaction")),
     )  # fmt: skip
 
 
@@ -148,6 +154,8 @@ def plain(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("deadline", "crash_window"):
         if isinstance(told.get(name), timedelta):
             told[name] = told[name].total_seconds()
+    if told.get("transaction") is not None:
+        told["transaction"] = transaction.kept(told["transaction"])
     if told.get("parent_batch") is not None:
         told["parent_batch"] = str(_batch_id(told["parent_batch"]))
     if told.get("on_progress") is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from celery_batchtrack import errors
 from celery_batchtrack.behaviour import finish
+from celery_batchtrack.store import Store
 from celery_batchtrack.vocabulary.records import NewBatch, NewChild
 
 from . import capture
@@ -32,13 +33,18 @@ def create(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild]) -
             raise
 
 
-def insert(extension: BatchTrack, new: NewBatch, children: Sequence[NewChild] = (), *, seal: bool = False) -> None:
+def insert(
+    extension: BatchTrack, new: NewBatch, children: Sequence[NewChild] = (), *, seal: bool = False,
+    store: Store | None = None,
+) -> None:  # fmt: skip
+    """`store`: in whose transaction, if it is not the extension's own."""
+    store = store or extension.store
     if new.parent_batch is None:
-        extension.store.create(new, children, seal=seal)
+        store.create(new, children, seal=seal)
         return
     name = str(new.id)
     waiting = NewChild(task="celery.group", task_id=name, signature='{"args": []}', weight=0, result_id=name)
-    if extension.store.create_nested(new, waiting, children, seal=seal) is None:
+    if store.create_nested(new, waiting, children, seal=seal) is None:
         raise errors.BatchStateError(
             f"parent_batch {new.parent_batch} has ended, or is not there: a batch is nested in one that still runs"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .borrowed import Borrowed, Lend
 from .breaker import Pausing
 from .children import ChildWrites, SlotTaken
 from .dispatching import Dispatching
@@ -23,5 +24,13 @@ class Store(
 ):  # fmt: skip
     """Everything the tracking database is asked, by topic."""
 
+    def within(self, lend: Lend) -> BorrowedStore:
+        """The same, on connections that are lent and in whose transactions it writes."""
+        return BorrowedStore(self, lend)
 
-__all__ = ["WITH_PARENT", "SlotTaken", "Store"]
+
+class BorrowedStore(Borrowed, Store):
+    """A `Store` in somebody else's transaction."""
+
+
+__all__ = ["WITH_PARENT", "BorrowedStore", "SlotTaken", "Store"]

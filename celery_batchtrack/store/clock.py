@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -17,11 +18,23 @@ from sqlalchemy.sql.functions import FunctionElement
 _SQLITE_FORMAT = "'%Y-%m-%d %H:%M:%f000'"  # %f is SS.SSS: six digits, as SQLAlchemy writes them
 
 
+class _SqliteMoment(sqlite.DATETIME):
+    """As SQLAlchemy reads it, or as a connection of somebody else gives it, which may parse it by itself."""
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Any:
+        parse: Any = super().result_processor(dialect, coltype)
+        return lambda value: value if isinstance(value, datetime) else parse(value)
+
+
 class Moment(sa.TypeDecorator[datetime]):
     """An aware UTC datetime on every database (``timestamptz``; ISO text on SQLite)."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        kind: Any = _SqliteMoment
+        return dialect.type_descriptor(kind() if dialect.name == "sqlite" else sa.DateTime(timezone=True))
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         if value is None:

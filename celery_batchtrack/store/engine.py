@@ -49,7 +49,7 @@ _PATIENCE = {
 }  # fmt: skip
 
 
-def normalised(url: str) -> sa.URL:
+def normalised(url: str | sa.URL) -> sa.URL:
     """The URL with psycopg 3 where PostgreSQL is named without a driver."""
     try:
         parsed = sa.make_url(url)
@@ -68,14 +68,23 @@ def normalised(url: str) -> sa.URL:
     return parsed
 
 
-def create_engine(url: sa.URL, options: Mapping[str, Any]) -> sa.Engine:
+def url_of(backend: str, database: str | None, *, query: Mapping[str, str] | None = None, **parts: Any) -> sa.URL:
+    """A URL from its parts (`username`, `password`, `host`, `port`), which need no escaping."""
+    return sa.URL.create(backend, database=database, query=dict(query or {}), **parts)
+
+
+def create_engine(url: sa.URL, options: Mapping[str, Any], *, pooled: bool = True) -> sa.Engine:
     if url.get_backend_name() == "sqlite":
-        return _sqlite_engine(url, options)
+        return _sqlite_engine(url, options, pooled=pooled)
     defaults: dict[str, Any] = {
         "pool_size": 2, "max_overflow": 8, "pool_recycle": 1800, "isolation_level": "READ COMMITTED",
         "connect_args": {**_PATIENCE, **options.get("connect_args", {})},
     }  # fmt: skip
     others = {name: value for name, value in options.items() if name != "connect_args"}
+    if not pooled:
+        for name in ("pool_size", "max_overflow", "pool_recycle"):
+            defaults.pop(name), others.pop(name, None)
+        defaults["poolclass"] = sa.NullPool
     try:
         engine = sa.create_engine(url, **{**defaults, **others})
     except ModuleNotFoundError as error:
@@ -99,11 +108,14 @@ def _refuse_closed(connection: Any, record: Any, proxy: Any) -> None:
         raise exc.DisconnectionError("closed by the server while it was idle")
 
 
-def _sqlite_engine(url: sa.URL, options: Mapping[str, Any]) -> sa.Engine:
-    defaults: dict[str, Any] = {"connect_args": {"timeout": 30, "check_same_thread": False}}
+def _sqlite_engine(url: sa.URL, options: Mapping[str, Any], *, pooled: bool = True) -> sa.Engine:
+    connecting = {"timeout": 30, "check_same_thread": False, **options.get("connect_args", {})}
+    defaults: dict[str, Any] = {}
     if url.database in (None, "", ":memory:"):
         defaults["poolclass"] = sa.StaticPool
-    engine = sa.create_engine(url, **{**defaults, **options})
+    elif not pooled or url.query.get("mode") == "memory":
+        defaults["poolclass"] = sa.NullPool
+    engine = sa.create_engine(url, **{**defaults, **options, "connect_args": connecting})
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, record: Any) -> None:
@@ -130,14 +142,16 @@ class Connected:
     """
 
     def __init__(
-        self, url: str, *, auto_migrate: bool | None = None, engine_options: Mapping[str, Any] | None = None,
-        owners: Mapping[str, str] | None = None,
+        self, url: str | sa.URL, *, auto_migrate: bool | None = None, engine_options: Mapping[str, Any] | None = None,
+        owners: Mapping[str, str] | None = None, pooled: bool = True,
     ) -> None:  # fmt: skip
+        """`pooled`: keep connections open for the next use."""
         self.url = normalised(url)
         self.sqlite = self.url.get_backend_name() == "sqlite"
         self._auto_migrate = self.sqlite if auto_migrate is None else auto_migrate
         self._options = dict(engine_options or {})
         self._owners = dict(owners or {})
+        self.pooled = pooled
         self._lock = threading.Lock()
         self._engine: tuple[int, sa.Engine] | None = None
         self._store_id: uuid.UUID | None = None
@@ -155,7 +169,7 @@ class Connected:
             self._lock = threading.Lock()  # the fork may have copied it locked
         with self._lock:
             if self._engine is None or self._engine[0] != os.getpid():
-                self._engine = (os.getpid(), create_engine(self.url, self._options))
+                self._engine = (os.getpid(), create_engine(self.url, self._options, pooled=self.pooled))
             return self._engine[1]
 
     def dispose(self) -> None:

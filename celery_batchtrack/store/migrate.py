@@ -15,6 +15,7 @@ from celery_batchtrack import errors
 
 VERSION_TABLE = "batchtrack_alembic_version"
 _SCRIPTS = Path(__file__).parent / "migrations"
+_MIGRATE = "run `celery -A <app> batchtrack migrate` (in a Django project, `manage.py migrate`)"
 #: Key of the advisory lock that lets one of several `migrate` work at a time (PostgreSQL).
 _LOCK = 0x62746D67
 
@@ -53,16 +54,23 @@ def state(connection: sa.Connection) -> State:
     return State.OLDER if set(stored) <= known else State.NEWER
 
 
+def reaches(connection: sa.Connection, revision: str = "head") -> bool:
+    """Whether the database has this step, or is beyond it."""
+    if not sa.inspect(connection).has_table(VERSION_TABLE):
+        return False
+    stored = connection.execute(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")).scalars().all()
+    newest_first = [each.revision for each in ScriptDirectory.from_config(config()).walk_revisions()]
+    wanted = 0 if revision == "head" else newest_first.index(revision)
+    return bool(stored) and all(each not in newest_first[wanted + 1 :] for each in stored)
+
+
 def refusal(found: State, url: str) -> errors.SchemaError:
     """The error for a database that does not fit, with what to do."""
     if found is State.EMPTY:
-        return errors.SchemaMissing(
-            f"tracking database {url} has no batchtrack tables: run `celery -A <app> batchtrack migrate`"
-        )
+        return errors.SchemaMissing(f"tracking database {url} has no batchtrack tables: {_MIGRATE}")
     if found is State.OLDER:
         return errors.SchemaOutdated(
-            f"tracking database {url} has an older schema than this version of celery-batchtrack: "
-            "run `celery -A <app> batchtrack migrate`"
+            f"tracking database {url} has an older schema than this version of celery-batchtrack: {_MIGRATE}"
         )
     return errors.SchemaTooNew(
         f"tracking database {url} has a newer schema than this version of celery-batchtrack: "
@@ -72,12 +80,17 @@ def refusal(found: State, url: str) -> errors.SchemaError:
 
 def upgrade(engine: sa.Engine, after: Callable[[sa.Connection], None]) -> None:
     """Run every missing step, and then `after`, in one transaction."""
-    settings = config()
     with engine.begin() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
-        if state(connection) is State.NEWER:
-            raise refusal(State.NEWER, engine.url.render_as_string(hide_password=True))
-        settings.attributes["connection"] = connection
-        command.upgrade(settings, "head")
-        after(connection)
+        upgrade_on(connection, after, engine.url.render_as_string(hide_password=True))
+
+
+def upgrade_on(connection: sa.Connection, after: Callable[[sa.Connection], None], url: str, to: str = "head") -> None:
+    """As `upgrade`, within a transaction that has begun; not further than to the revision `to`."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+    if state(connection) is State.NEWER:
+        raise refusal(State.NEWER, url)
+    settings = config()
+    settings.attributes["connection"] = connection
+    command.upgrade(settings, to)
+    after(connection)

@@ -380,7 +380,7 @@ def test_every_cause_and_detector_is_explained() -> None:
 
 def test_every_log_action_is_explained() -> None:
     code = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    logged = set(re.findall(r"action=([a-z_]+)", code))
+    logged = set(re.findall(r"\baction=([a-z_]+)", code))
     section = (ROOT / "docs" / "operations.md").read_text().partition("## Reading the log")[2].partition("\n## ")[0]
     first_cells = "\n".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE))
     explained = set(re.findall(r"`(\w+)`", first_cells))
