@@ -30,7 +30,7 @@ from .callbacks import DueCallbacks
 from .clock import moment, now
 from .owners import Owning
 from .rows import BATCH_COLUMNS, batch_row
-from .schema import DUE, batch, child, tally, worker
+from .schema import DUE, batch, child, open_in, tally, worker
 from .transitions import MOVED, change, change_batch, lock_in_order, move
 
 _DUE_KINDS = {
@@ -157,11 +157,7 @@ class BatchWrites(Owning):
     def _has_open(self, connection: sa.Connection, batch_id: uuid.UUID) -> bool:
         return connection.execute(
             sa.select(
-                sa.exists().where(
-                    child.c.batch_id == batch_id,
-                    child.c.status.in_([Status.PENDING.value, Status.RUNNING.value]),
-                    child.c.kind == Kind.CHILD.value,
-                )
+                sa.exists().where(open_in(batch_id), child.c.kind == Kind.CHILD.value)
             )
         ).scalar_one()  # type: ignore[no-any-return, unused-ignore]
 
@@ -304,11 +300,7 @@ class BatchWrites(Owning):
 
     def unfinished(self) -> list[uuid.UUID]:
         """Sealed batches that run although nothing of them is open: their finish check was lost."""
-        open_child = sa.exists().where(
-            child.c.batch_id == batch.c.id,
-            child.c.status.in_([Status.PENDING.value, Status.RUNNING.value]),
-            child.c.kind == Kind.CHILD.value,
-        )
+        open_child = sa.exists().where(open_in(batch.c.id), child.c.kind == Kind.CHILD.value)
         query = sa.select(batch.c.id).where(batch.c.status == BatchStatus.RUNNING.value, ~open_child)
         with self.read() as connection:
             return list(connection.execute(query).scalars())

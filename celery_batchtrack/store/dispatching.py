@@ -18,11 +18,10 @@ from .clock import age, later, now
 from .engine import Connected
 from .incidents import Attempt, record
 from .rows import CHILD_COLUMNS, child_row
-from .schema import batch, child
+from .schema import batch, child, undispatched_in
 from .transitions import lock_in_order
 
 _CALLBACKS = [each.value for each in CALLBACK_KINDS]
-_NEVER = child.c.dispatched_at.is_(None)
 
 
 def _publishable() -> sa.ColumnElement[bool]:
@@ -40,7 +39,9 @@ class Dispatching(Connected):
         never = sa.and_(
             child.c.status == Status.PENDING.value, child.c.dispatched_at.is_(None), child.c.waits_on_batch.is_(None)
         )
-        waiting = sa.exists().where(child.c.kind == Kind.CHILD.value, child.c.batch_id == batch.c.id, never)
+        waiting = sa.exists().where(
+            undispatched_in(batch.c.id), child.c.kind == Kind.CHILD.value, child.c.waits_on_batch.is_(None)
+        )
         alive = sa.select(batch.c.id).where(windows.lets_children_run(), waiting)
         called = sa.select(child.c.batch_id).where(child.c.kind.in_(_CALLBACKS), never)
         with self.read() as connection:
@@ -65,8 +66,8 @@ class Dispatching(Connected):
                 taken += self.take_undispatched(each, limit - len(taken), shared=shared, paced=paced)
             return taken
         if shared is None or not paced:
-            return self._take(batch_id, _NEVER, limit, paced=paced, callbacks=callbacks)
-        taken = self._take(batch_id, _NEVER, limit, children=False) if callbacks else []
+            return self._take(batch_id, undispatched_in(batch_id), limit, paced=paced, callbacks=callbacks)
+        taken = self._take(batch_id, undispatched_in(batch_id), limit, children=False) if callbacks else []
         return taken + self._take_turns(shared, limit - len(taken))
 
     def _take_turns(self, shared: int, limit: int) -> list[Outgoing]:
@@ -93,7 +94,8 @@ class Dispatching(Connected):
         taken: list[Outgoing] = []
         for batch_id in sorted(given):  # as every writer of several locks them
             owner = windows.owner(connection, batch_id, windows.Lock.IF_LIMITED)
-            rows = [] if owner is None else _take_children(connection, owner, _NEVER, given[batch_id])
+            wanted = undispatched_in(batch_id)
+            rows = [] if owner is None else _take_children(connection, owner, wanted, given[batch_id])
             if owner is None or len(rows) < given[batch_id]:
                 owners[:] = [each for each in owners if each.id != batch_id]
             flying[batch_id] = flying.get(batch_id, 0) + len(rows)
@@ -115,10 +117,7 @@ class Dispatching(Connected):
     def first_undispatched(self, batch_id: uuid.UUID) -> tuple[str | None, str] | None:
         """Where the first of a batch's children that were never sent is to go: (queue, its task); None: there is
         none."""
-        waiting = sa.and_(
-            child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value, child.c.status == Status.PENDING.value,
-            _NEVER,
-        )  # fmt: skip
+        waiting = sa.and_(undispatched_in(batch_id), child.c.kind == Kind.CHILD.value)
         query = sa.select(child.c.queue, child.c.task).where(waiting).order_by(child.c.position).limit(1)
         with self.read() as connection:
             found = connection.execute(query).one_or_none()
@@ -186,7 +185,9 @@ class Dispatching(Connected):
         message is gone, as far as can be told: that is an incident."""
         taken: list[Outgoing] = []
         for batch_id, positions in _by_batch(keys).items():
-            wanted = sa.and_(child.c.position.in_(positions), child.c.dispatched_at <= later(-after))
+            wanted = sa.and_(
+                child.c.batch_id == batch_id, child.c.position.in_(positions), child.c.dispatched_at <= later(-after)
+            )
             taken += self._take(batch_id, wanted, len(positions), lost, paced=False)  # they have their places
         return taken
 
@@ -203,8 +204,8 @@ class Dispatching(Connected):
             owner = windows.owner(connection, batch_id, lock if callbacks else windows.Lock.YES)
             if owner is None or limit <= 0:
                 return []
-            called = sa.and_(child.c.kind.in_(_CALLBACKS), child.c.round == owner.round)
-            rows = _stamp(connection, batch_id, sa.and_(wanted, called), limit) if callbacks else []
+            called = sa.and_(wanted, child.c.kind.in_(_CALLBACKS), child.c.round == owner.round)
+            rows = _stamp(connection, called, limit) if callbacks else []
             if children and len(rows) < limit:
                 take = _take_children if paced else _stamp_children
                 rows += take(connection, owner, wanted, limit - len(rows))
@@ -272,28 +273,23 @@ def _stamp_children(
 ) -> list[ChildRow]:
     if limit <= 0 or not _lets_children_run(owner):
         return []
-    return _stamp(connection, owner.id, sa.and_(wanted, child.c.kind == Kind.CHILD.value), limit)
+    return _stamp(connection, sa.and_(wanted, child.c.kind == Kind.CHILD.value), limit)
 
 
-def _stamp(
-    connection: sa.Connection, batch_id: uuid.UUID, wanted: sa.ColumnElement[bool], limit: int
-) -> list[ChildRow]:
+def _stamp(connection: sa.Connection, wanted: sa.ColumnElement[bool], limit: int) -> list[ChildRow]:
     # MATERIALIZED: inlined, LIMIT with SKIP LOCKED may be evaluated again for every row.
     due = (
-        sa.select(child.c.position)
-        .where(
-            child.c.batch_id == batch_id, child.c.status == Status.PENDING.value,
-            child.c.waits_on_batch.is_(None), wanted,
-        )
+        sa.select(child.c.batch_id, child.c.position)
+        .where(child.c.status == Status.PENDING.value, child.c.waits_on_batch.is_(None), wanted)
         .order_by(child.c.position)
         .limit(limit)
         .with_for_update(skip_locked=True)
         .cte("due")
         .prefix_with("MATERIALIZED", dialect="postgresql")
-    )  # fmt: skip
+    )
     statement = (
         sa.update(child)
-        .where(child.c.batch_id == batch_id, child.c.position == due.c.position)
+        .where(child.c.batch_id == due.c.batch_id, child.c.position == due.c.position)
         .values(dispatched_at=now(), dispatches=child.c.dispatches + 1)
         .returning(*CHILD_COLUMNS)
     )

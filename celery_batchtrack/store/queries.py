@@ -18,7 +18,7 @@ from celery_batchtrack.vocabulary.states import Kind, Status
 from .clock import age, later, now
 from .engine import Connected
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
-from .schema import batch, child, incident, tally
+from .schema import batch, child, incident, open_in, tally
 from .trees import tree_of
 
 _COUNTS = tuple(
@@ -58,7 +58,7 @@ class Queries(Connected):
         running = (
             sa.select(sa.func.count())
             .where(
-                child.c.batch_id == batch.c.id, child.c.status == Status.RUNNING.value,
+                open_in(batch.c.id), child.c.status == Status.RUNNING.value,
                 child.c.kind == Kind.CHILD.value,
             )
             .scalar_subquery()

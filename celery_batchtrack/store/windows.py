@@ -15,7 +15,7 @@ from celery_batchtrack.vocabulary.states import BatchStatus, Kind, Status
 
 from .clock import age, later, now
 from .rows import BATCH_COLUMNS, batch_row
-from .schema import ON_THEIR_WAY, batch, child, meta
+from .schema import batch, child, meta, on_its_way_in, open_in, undispatched_in
 
 #: So many batches at most take turns in one look: the first by priority, then by age.
 _CONTENDERS = 200
@@ -73,8 +73,8 @@ def in_flight(connection: sa.Connection, batch_id: uuid.UUID) -> int:
     """Children of a batch that were sent or run, or were sent and became batches that they wait for."""
     # A child that was made to wait for a batch, by `parent_batch=`, was never sent.
     was_sent = sa.or_(child.c.dispatched_at.is_not(None), child.c.dispatches > 0)
-    sent = _count(sa.text(f"({ON_THEIR_WAY})"), child.c.batch_id == batch_id, was_sent, _IS_CHILD)
-    running = _count(_RUNNING, child.c.batch_id == batch_id)
+    sent = _count(on_its_way_in(batch_id), was_sent, _IS_CHILD)
+    running = _count(open_in(batch_id), _RUNNING)
     return int(connection.execute(sa.select(sent.scalar_subquery() + running.scalar_subquery())).scalar_one())
 
 
@@ -93,10 +93,7 @@ def all_in_flight(connection: sa.Connection) -> dict[uuid.UUID, int]:
 
 def contenders(connection: sa.Connection) -> list[BatchRow]:
     """Batches with children to be sent now, by priority and then by age."""
-    waiting = sa.exists().where(
-        child.c.batch_id == batch.c.id, _IS_CHILD, child.c.status == Status.PENDING.value,
-        child.c.dispatched_at.is_(None), child.c.waits_on_batch.is_(None), due(),
-    )  # fmt: skip
+    waiting = sa.exists().where(undispatched_in(batch.c.id), _IS_CHILD, child.c.waits_on_batch.is_(None), due())
     held = sa.and_(batch.c.dispatch_at.is_not(None), batch.c.dispatch_at > now())
     query = (
         sa.select(*BATCH_COLUMNS)

@@ -34,10 +34,22 @@ from tests.store.kit import Scene, killed, part, some
 # -- migrated == declared --------------------------------------------------------------------------
 
 
+def _comparable(thing: Any, name: str | None, kind: str, *_: Any) -> bool:
+    """Indexes over expressions are not: the next test compares them as the database has them."""
+    return kind != "index" or name not in {f"batchtrack_child_{each}" for each in _OF_EXPRESSIONS}
+
+
+_OF_EXPRESSIONS = ("open", "undispatched", "on_its_way")
+
+
+@pytest.mark.filterwarnings("ignore:.*expression-based index")
 def test_alembic_finds_nothing_to_migrate(store: Store) -> None:
     assert store.store_id
     with store.engine.connect() as connection:
-        options = {"version_table": migrate.VERSION_TABLE, "compare_type": True, "compare_server_default": True}
+        options = {
+            "version_table": migrate.VERSION_TABLE, "compare_type": True, "compare_server_default": True,
+            "include_object": _comparable,
+        }  # fmt: skip
         context = MigrationContext.configure(connection, opts=options)
         assert compare_metadata(context, schema.metadata) == []
 
@@ -440,6 +452,7 @@ def _without_added(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*expression-based index")
 def test_rows_of_the_first_schema_are_kept_and_go_on_under_the_present_one(database_url: str) -> None:
     store = Store(database_url, auto_migrate=False)
     _migrated(store, "0001")

@@ -15,7 +15,9 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 
-_ON_THEIR_WAY = "status = 'pending' AND (dispatched_at IS NOT NULL OR waits_on_batch IS NOT NULL)"
+_OPEN = "status IN ('pending', 'running')"
+_UNDISPATCHED = "status = 'pending' AND dispatched_at IS NULL"
+_ON_ITS_WAY = "status = 'pending' AND (dispatched_at IS NOT NULL OR waits_on_batch IS NOT NULL)"
 _CHECK = "CONSTRAINT ck_batchtrack_batch_max_in_flight CHECK (max_in_flight > 0)"
 
 
@@ -35,16 +37,31 @@ def upgrade() -> None:
         op.create_check_constraint(op.f("ck_batchtrack_batch_max_in_flight"), "batchtrack_batch", "max_in_flight > 0")
     for column in _added():
         op.add_column("batchtrack_batch", column)
-    _index("batchtrack_batch_held", "batchtrack_batch", "dispatch_at", "dispatch_at IS NOT NULL")
-    _index("batchtrack_child_on_their_way", "batchtrack_child", "batch_id", _ON_THEIR_WAY)
+    _index("batchtrack_batch_held", "batchtrack_batch", ["dispatch_at"], "dispatch_at IS NOT NULL")
+    for name in ("batchtrack_child_open", "batchtrack_child_undispatched"):
+        op.drop_index(name, "batchtrack_child")
+    _index("batchtrack_child_open", "batchtrack_child", [_of_batch(_OPEN), "status"], _OPEN)
+    _index(
+        "batchtrack_child_undispatched", "batchtrack_child", [_of_batch(_UNDISPATCHED), "kind", "position"],
+        _UNDISPATCHED,
+    )  # fmt: skip
+    _index("batchtrack_child_on_its_way", "batchtrack_child", [_of_batch(_ON_ITS_WAY)], _ON_ITS_WAY)
 
 
-def _index(name: str, table: str, column: str, where: str) -> None:
-    op.create_index(name, table, [column], postgresql_where=sa.text(where), sqlite_where=sa.text(where))
+def _of_batch(states: str) -> Any:
+    """The batch of a child that is in such a state."""
+    return sa.text(f"(CASE WHEN ({states}) THEN batch_id END)")
+
+
+def _index(name: str, table: str, columns: list[Any], where: str) -> None:
+    op.create_index(name, table, columns, postgresql_where=sa.text(where), sqlite_where=sa.text(where))
 
 
 def downgrade() -> None:
-    op.drop_index("batchtrack_child_on_their_way", "batchtrack_child")
+    for name in ("batchtrack_child_on_its_way", "batchtrack_child_undispatched", "batchtrack_child_open"):
+        op.drop_index(name, "batchtrack_child")
+    _index("batchtrack_child_open", "batchtrack_child", ["batch_id", "status"], _OPEN)
+    _index("batchtrack_child_undispatched", "batchtrack_child", ["kind", "batch_id", "position"], _UNDISPATCHED)
     op.drop_index("batchtrack_batch_held", "batchtrack_batch")
     for column in _added():
         op.drop_column("batchtrack_batch", column.name)
