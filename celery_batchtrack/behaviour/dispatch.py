@@ -15,7 +15,7 @@ from celery_batchtrack import errors
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, Ticket
-from celery_batchtrack.vocabulary.pacing import Rate, narrowest, refill_one_in
+from celery_batchtrack.vocabulary.pacing import narrowest, refill_one_in
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Outgoing
 from celery_batchtrack.vocabulary.states import Cause, Kind, Status
 
@@ -36,7 +36,7 @@ def begin(tracker: Tracker, batch_id: uuid.UUID) -> None:
 
 
 def _is_large(tracker: Tracker, batch: BatchRow) -> bool:
-    return batch.next_position > tracker.settings.fan_out and _window(tracker, batch) is None and not _rate(batch)
+    return batch.next_position > tracker.settings.fan_out and _window(tracker, batch) is None and batch.rate is None
 
 
 def _hand_out(tracker: Tracker, batch: BatchRow) -> bool:
@@ -279,12 +279,8 @@ def _window(tracker: Tracker, batch: BatchRow) -> int | None:
     return narrowest(batch.max_in_flight, settings.max_in_flight, settings.max_queue_depth)
 
 
-def _rate(batch: BatchRow) -> Rate | None:
-    return Rate.parse(batch.options.get("rate"))
-
-
 def _refill_one_in(tracker: Tracker, batch: BatchRow) -> int:
-    rate = _rate(batch)
+    rate = batch.rate
     return refill_one_in(narrowest(_window(tracker, batch), None if rate is None else rate.burst))
 
 

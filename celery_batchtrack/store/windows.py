@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from celery_batchtrack.vocabulary.pacing import AHEAD, Rate
+from celery_batchtrack.vocabulary.pacing import AHEAD
 from celery_batchtrack.vocabulary.records import BatchRow
 from celery_batchtrack.vocabulary.states import BatchStatus, Kind, Status
 
@@ -61,7 +61,7 @@ def owner(connection: sa.Connection, batch_id: uuid.UUID, lock: Lock) -> BatchRo
 
 
 def is_limited(row: BatchRow) -> bool:
-    return row.max_in_flight is not None or row.dispatch_at is not None or rate_of(row) is not None
+    return row.max_in_flight is not None or row.dispatch_at is not None or row.rate is not None
 
 
 def lock_shared(connection: sa.Connection) -> None:
@@ -119,7 +119,7 @@ def hold(connection: sa.Connection, batch_id: uuid.UUID, delay: float) -> None:
 
 def allowance(connection: sa.Connection, row: BatchRow) -> float | None:
     """How many children the batch's rate lets go now, parts of one included; None: it has no rate."""
-    rate = rate_of(row)
+    rate = row.rate
     if rate is None:
         return None
     elapsed = connection.execute(sa.select(age(batch.c.paid_until)).where(batch.c.id == row.id)).scalar_one()
@@ -131,7 +131,7 @@ def taken(connection: sa.Connection, row: BatchRow, allowed: float | None, sent:
     values: dict[str, Any] = {}
     if row.dispatch_at is not None:
         values["dispatch_at"] = None
-    rate = rate_of(row)
+    rate = row.rate
     if rate is not None and allowed is not None:
         if sent:
             values["paid_until"] = later(-rate.paid_since(allowed, sent))
@@ -139,7 +139,3 @@ def taken(connection: sa.Connection, row: BatchRow, allowed: float | None, sent:
             values["dispatch_at"] = later(rate.wait(allowed, sent))
     if values:
         connection.execute(sa.update(batch).where(batch.c.id == row.id).values(values))
-
-
-def rate_of(row: BatchRow) -> Rate | None:
-    return Rate.parse(row.options.get("rate"))

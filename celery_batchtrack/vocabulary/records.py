@@ -10,6 +10,7 @@ from typing import Any
 
 from .evidence import Evidence
 from .ids import ChildKey
+from .pacing import Rate
 from .states import BATCH_ENDED, Cause, Status
 
 
@@ -103,6 +104,11 @@ class BatchRow:
     @property
     def ended(self) -> bool:
         return self.status in BATCH_ENDED
+
+    @property
+    def rate(self) -> Rate | None:
+        """How fast its children are sent; None: as fast as they can."""
+        return Rate.parse(self.options.get("rate"))
 
 
 @dataclass(frozen=True, slots=True)
