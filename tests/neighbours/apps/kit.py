@@ -51,7 +51,8 @@ def swept(app: Any, batch: Batch, third: Context) -> None:
     """Sent by a sweep in another context."""
     with third():
         app.batchtrack.sweep()
-    assert all(child.dispatches or child.waits_on_batch for child in batch.children()), "the sweep sent them"
+    # A chain may be at its second link already, which is another message.
+    assert all(each.dispatches or each.attempt or each.waits_on_batch for each in batch.children()), "it sent them"
 
 
 def main(**steps: Callable[..., Any]) -> None:
