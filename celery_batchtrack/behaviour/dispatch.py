@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,19 +31,22 @@ QUEUE_PAUSE = 0.25
 def begin(tracker: Tracker, batch_id: uuid.UUID) -> None:
     """Publish a batch that was sealed just now: here if it is small or goes through a window, else by workers."""
     batch = tracker.store.batch(batch_id)
-    if batch is None or not (_is_large(tracker, batch) and _hand_out(tracker, batch)):
+    if batch is None or not (_may_be_large(tracker, batch) and _hand_out(tracker, batch)):
         pump(tracker, batch_id)
 
 
-def _is_large(tracker: Tracker, batch: BatchRow) -> bool:
+def _may_be_large(tracker: Tracker, batch: BatchRow) -> bool:
     return batch.next_position > tracker.settings.fan_out and _window(tracker, batch) is None and batch.rate is None
 
 
 def _hand_out(tracker: Tracker, batch: BatchRow) -> bool:
     """To workers of the queue where its first child is to go: they are there, whoever else is."""
-    first = tracker.store.first_undispatched(batch.id)
-    rows = max(tracker.settings.dispatch_chunk, tracker.settings.fan_out // 2)
-    return first is not None and tracker.publisher.hand_out(batch.id, -(-batch.next_position // rows), rows, *first)
+    settings = tracker.settings
+    left, first = tracker.store.count_undispatched(batch.id), tracker.store.first_undispatched(batch.id)
+    if first is None or left <= settings.fan_out:  # another round, say, of a few of its children
+        return False
+    rows = max(settings.dispatch_chunk, settings.fan_out // 2)
+    return tracker.publisher.hand_out(batch.id, -(-left // rows), rows, *first)
 
 
 def pump(tracker: Tracker, batch_id: uuid.UUID | None = None, limit: int | None = None) -> int:
@@ -69,19 +72,41 @@ def pump(tracker: Tracker, batch_id: uuid.UUID | None = None, limit: int | None 
 def refill(tracker: Tracker, batch_id: uuid.UUID, one_in: int) -> None:
     """A child of a batch with a window is over. One in so many fills the window up."""
     if one_in and random.randrange(one_in) == 0:
-        _pump(tracker, batch_id, callbacks=False)
+        _pump(tracker, batch_id, limit=max(tracker.settings.dispatch_chunk, 2 * one_in), callbacks=False)
+
+
+def fill_shared(tracker: Tracker, batch_id: uuid.UUID) -> None:
+    """Children of a batch left the window that it shares with others, all at once: these get the places."""
+    if tracker.settings.max_in_flight is not None:
+        refill(tracker, batch_id, 1)
 
 
 def go_on(tracker: Tracker) -> bool:
-    """Publish what was held back until now, by its rate or by a full queue. Whether more is held back."""
-    for batch_id in tracker.store.held_back():
-        pump(tracker, batch_id)
-    return tracker.store.any_held_back()
+    """Publish what was held back until now, by its rate or by a full queue; of each batch not more than a sweep does.
+    Whether more is to be sent soon."""
+    limit = tracker.settings.fan_out
+    full = [pump(tracker, batch_id, limit) >= limit for batch_id in tracker.store.held_back()]
+    return any(full) or tracker.store.any_held_back()
 
 
 def _pump(
     tracker: Tracker, batch_id: uuid.UUID, *, limit: int | None = None, callbacks: bool = True
 ) -> tuple[int, bool]:
+    """One batch, and those that its children become on the way. Not by recursion: through a shared window each of these
+    may bring up the next one."""
+    sent, down, due = _pump_one(tracker, batch_id, limit=limit, callbacks=callbacks)
+    while due and not down:
+        more, down, others = _pump_one(tracker, due.popleft())
+        sent += more
+        due += others
+    return sent, down
+
+
+def _pump_one(
+    tracker: Tracker, batch_id: uuid.UUID, *, limit: int | None = None, callbacks: bool = True
+) -> tuple[int, bool, deque[uuid.UUID]]:
+    """How many were sent, whether the broker is down, and batches that have something to publish now."""
+    due: deque[uuid.UUID] = deque()
     settings, paced = tracker.settings, tracker.publisher.paced
     chunk = min(settings.dispatch_chunk, settings.max_queue_depth or settings.dispatch_chunk)
     sent, unsent = 0, []
@@ -93,7 +118,7 @@ def _pump(
             if paced and settings.max_queue_depth is not None:
                 taken = _that_queues_have_room_for(tracker, taken, settings.max_queue_depth)
             failpoints.reach("dispatch.stamped")
-            failures, count, withheld = _send(tracker, taken)
+            failures, count, withheld = _send(tracker, taken, due)
             sent += count
             unsent += [each.given_back for each in failures if not each.final]
             down = any(each.down for each in failures)
@@ -101,7 +126,7 @@ def _pump(
             more = withheld or any(each.final for each in failures)
             callbacks = callbacks or more
             if down or (len(taken) < chunk and not more) or (limit is not None and sent >= limit):
-                return sent, down
+                return sent, down, due
     finally:
         if unsent:  # only now, or the next chunk would be the same rows again
             tracker.store.give_back(unsent)
@@ -151,10 +176,13 @@ def redispatch(tracker: Tracker, *, worker_lost: bool = False) -> int:
                 if empty and not canvas:
                     lost.add(key)
     taken = tracker.store.take_again(keys, after, lost)
-    failures, count, withheld = _send(tracker, taken)
+    due: deque[uuid.UUID] = deque()
+    failures, count, withheld = _send(tracker, taken, due)
     tracker.store.give_back([each.given_back for each in failures if not each.final])
     for batch_id, again in Counter(each.child.batch_id for each in taken).items():
         tracker.emit(events.Redispatched(batch_id, again))
+    for batch_id in due:
+        pump(tracker, batch_id)
     if withheld or any(each.final for each in failures):
         pump(tracker)
     return count
@@ -170,9 +198,11 @@ def _patience(tracker: Tracker, dispatches: int, *, empty: bool) -> float:
 CANVAS = ("celery.chord", "celery.group")
 
 
-def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[NotSent], int, bool]:
+def _send(
+    tracker: Tracker, taken: Sequence[Outgoing], due: deque[uuid.UUID]
+) -> tuple[list[NotSent], int, bool]:
     """Publish taken rows. Returns what failed (what can never be sent is settled), how many were sent, and whether
-    items in quarantine were withheld."""
+    items in quarantine were withheld; adds to `due` the batches that have something to publish now."""
     if not taken:
         return [], 0, False
     single = [each for each in taken if each.child.task not in CANVAS]
@@ -181,7 +211,7 @@ def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[NotSent], i
         free, withheld = quarantine.sendable(tracker, single)
         messages, failures = _messages(tracker, free)
         failures += tracker.publisher.publish(messages)
-        failures += _start_nested(tracker, nested)
+        failures += _start_nested(tracker, nested, due)
     except BaseException:
         tracker.store.give_back([each.child for each in taken])
         raise
@@ -192,7 +222,7 @@ def _send(tracker: Tracker, taken: Sequence[Outgoing]) -> tuple[list[NotSent], i
     return failures, len(free) + len(nested) - len(failures), withheld
 
 
-def _start_nested(tracker: Tracker, taken: Sequence[Outgoing]) -> list[NotSent]:
+def _start_nested(tracker: Tracker, taken: Sequence[Outgoing], due: deque[uuid.UUID]) -> list[NotSent]:
     """Children whose present step is a group or chord: that becomes a batch of its own, for which they wait."""
     failures = []
     for out in taken:
@@ -207,8 +237,7 @@ def _start_nested(tracker: Tracker, taken: Sequence[Outgoing]) -> list[NotSent]:
         if made:
             failpoints.reach("nest.committed")
             ended = ending.conclude(tracker, new.id)  # it may have no children
-            for batch_id in (new.id,) if ended is None else ended.due:
-                pump(tracker, batch_id)
+            due.extend((new.id,) if ended is None else ended.due)
     return failures
 
 

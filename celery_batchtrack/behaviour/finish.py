@@ -78,6 +78,7 @@ def pause(tracker: Tracker, batch_id: uuid.UUID, reason: str = "by hand") -> boo
         for nested, alive in tracker.store.nested_in(batch_id):
             if alive:
                 pause(tracker, nested, f"{WITH_PARENT}{batch_id}")
+        dispatch.fill_shared(tracker, batch_id)
     return done
 
 
@@ -103,6 +104,7 @@ def cancel(
         return None
     _cancel_nested(tracker, batch_id, {batch_id}, terminate=terminate)
     _publish(tracker, ending.tell(tracker, finished).due)
+    dispatch.fill_shared(tracker, batch_id)
     if terminate and finished.cancelled_runs:
         tracker.publisher.terminate([run.task_id for run in finished.cancelled_runs])
     return finished

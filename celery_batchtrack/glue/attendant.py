@@ -156,7 +156,11 @@ class Attendant:
         request.acknowledge()
         state.task_ready(request)
         if ticket is not None:
-            self._inbox.put(lambda: self.tracker.store.postpone(ticket.key, ticket.attempt, self._patience))
+            self._inbox.put(lambda: self._postpone(ticket))
+
+    def _postpone(self, ticket: Ticket) -> None:
+        if self.tracker.store.postpone(ticket.key, ticket.attempt, self._patience):
+            dispatch.refill(self.tracker, ticket.key.batch_id, ticket.refill)  # its place is free meanwhile
 
     @property
     def _patience(self) -> float:

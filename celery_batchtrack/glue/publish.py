@@ -156,6 +156,7 @@ class BrokerPublisher:
         self.app.send_task(message.row.task, args, kwargs, producer=producer, task_type=task, **options)
 
     def hand_out(self, batch_id: uuid.UUID, shares: int, rows: int, queue: str | None, task: str) -> bool:
+        queue = queue or signatures.route(self.app, task, (), {}, {})
         where = {"queue": queue} if queue else {}
         try:
             with _nobodys_context(), self.app.producer_or_acquire() as producer:

@@ -288,7 +288,7 @@ def _with_callbacks(body: Any, link: Any, link_error: Any) -> Any:
 
 
 #: Options that a group or chord within a child has from that child's batch, unless it says otherwise.
-_INHERITED = ("on_crash", "max_in_flight", "priority", "queue")
+_INHERITED = ("on_crash", "max_in_flight", "max_running", "priority", "queue")
 
 
 def _carrying(made: Step, kept: Mapping[str, Any]) -> Step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Container, Iterable
 
 import sqlalchemy as sa
@@ -22,6 +23,13 @@ from .schema import batch, child, undispatched_in
 from .transitions import lock_in_order
 
 _CALLBACKS = [each.value for each in CALLBACK_KINDS]
+#: Batches that were held back, and have children to send.
+_HELD = sa.and_(
+    batch.c.dispatch_at.is_not(None), windows.lets_children_run(),
+    sa.exists().where(
+        undispatched_in(batch.c.id), child.c.kind == Kind.CHILD.value, child.c.waits_on_batch.is_(None)
+    ),
+)  # fmt: skip
 
 
 def _publishable() -> sa.ColumnElement[bool]:
@@ -75,42 +83,44 @@ class Dispatching(Connected):
         taken: list[Outgoing] = []
         with self.write() as connection:
             windows.lock_shared(connection)
-            flying = windows.all_in_flight(connection)
-            free = min(limit, shared - sum(flying.values()))
-            owners = windows.contenders(connection) if free > 0 else []
+            flying = Counter(windows.all_in_flight(connection))
+            free = min(limit, shared - flying.total())
+            found = windows.contenders(connection) if free > 0 else []
+            flying.update(windows.all_waiting(connection))  # they take no place, but their batch had its turns
+            rooms = {owner.id: room for owner, room in found}
+            owners = {owner.id: owner for owner, _ in found}
             while free > 0 and owners:
-                got = self._take_one_turn(connection, owners, flying, free)
-                taken += got
-                free -= len(got)
-                if not got:
+                asked = [Contender(each.id, each.priority, flying[each.id], rooms[each.id]) for each in owners.values()]
+                given = turns(free, asked)
+                if not given:
                     break
+                for batch_id in sorted(given):  # as every writer of several locks them
+                    rows = self._take_one_turn(connection, batch_id, given[batch_id])
+                    if len(rows) < given[batch_id]:
+                        del owners[batch_id]  # it has no more: what it leaves is for the others
+                    room = rooms[batch_id]
+                    rooms[batch_id] = None if room is None else room - len(rows)
+                    flying[batch_id] += len(rows)
+                    free -= len(rows)
+                    taken += rows
         return taken
 
-    def _take_one_turn(
-        self, connection: sa.Connection, owners: list[BatchRow], flying: dict[uuid.UUID, int], free: int
-    ) -> list[Outgoing]:
-        """Who has fewer children left than it may send drops out of `owners`: what it leaves is for the others."""
-        given = turns(free, [Contender(each.id, each.priority, flying.get(each.id, 0)) for each in owners])
-        taken: list[Outgoing] = []
-        for batch_id in sorted(given):  # as every writer of several locks them
-            owner = windows.owner(connection, batch_id, windows.Lock.IF_LIMITED)
-            wanted = undispatched_in(batch_id)
-            rows = [] if owner is None else _take_children(connection, owner, wanted, given[batch_id])
-            if owner is None or len(rows) < given[batch_id]:
-                owners[:] = [each for each in owners if each.id != batch_id]
-            flying[batch_id] = flying.get(batch_id, 0) + len(rows)
-            taken += [Outgoing(row, owner) for row in rows if owner is not None]
-        return taken
+    def _take_one_turn(self, connection: sa.Connection, batch_id: uuid.UUID, count: int) -> list[Outgoing]:
+        owner = windows.owner(connection, batch_id, windows.Lock.IF_LIMITED)
+        if owner is None:
+            return []
+        rows = _take_children(connection, owner, sa.and_(undispatched_in(batch_id), windows.due()), count)
+        return [Outgoing(row, owner) for row in rows]
 
     def held_back(self) -> list[uuid.UUID]:
         """Batches whose children were held back until about now."""
-        query = sa.select(batch.c.id).where(windows.lets_children_run(), batch.c.dispatch_at <= now())
+        query = sa.select(batch.c.id).where(_HELD, batch.c.dispatch_at <= now())
         with self.read() as connection:
             return list(connection.execute(query).scalars())
 
     def any_held_back(self) -> bool:
         """Whether any batch's children are held back, now or for a while to come."""
-        query = sa.select(sa.exists().where(windows.lets_children_run(), batch.c.dispatch_at.is_not(None)))
+        query = sa.select(sa.exists().where(_HELD))
         with self.read() as connection:
             return bool(connection.execute(query).scalar_one())
 
@@ -123,10 +133,18 @@ class Dispatching(Connected):
             found = connection.execute(query).one_or_none()
         return None if found is None else (found.queue, found.task)
 
+    def count_undispatched(self, batch_id: uuid.UUID) -> int:
+        """Children of a batch that were never sent for their attempt."""
+        wanted = sa.and_(undispatched_in(batch_id), child.c.kind == Kind.CHILD.value)
+        with self.read() as connection:
+            return int(connection.execute(sa.select(sa.func.count()).select_from(child).where(wanted)).scalar_one())
+
     def hold_back(self, rows: Iterable[ChildRow], delay: float) -> None:
         """Taken for nothing: as if these had not been, and send no children of their batches for so many seconds."""
         with self.write() as connection:
+            windows.lock_shared(connection)  # before any batch, as who takes turns
             for batch_id, positions in sorted(_by_batch(row.key for row in rows).items()):
+                windows.give_credit(connection, batch_id, len(positions))
                 windows.hold(connection, batch_id, delay)
                 here = sa.and_(child.c.batch_id == batch_id, child.c.position.in_(positions))
                 lock_in_order(connection, here)
@@ -229,8 +247,11 @@ class Dispatching(Connected):
 
     def give_back(self, rows: Iterable[ChildRow]) -> None:
         """Publishing failed after the stamp: due again at the next look, with as many dispatches as the row says."""
+        rows = sorted(rows, key=lambda each: each.key)  # as every writer of several locks them
         with self.write() as connection:
-            for row in sorted(rows, key=lambda each: each.key):  # as every writer of several locks them
+            for batch_id, unsent in Counter(each.batch_id for each in rows if each.kind == Kind.CHILD).items():
+                windows.give_credit(connection, batch_id, unsent)
+            for row in rows:
                 connection.execute(
                     sa.update(child)
                     .where(

@@ -71,37 +71,62 @@ def lock_shared(connection: sa.Connection) -> None:
 
 def in_flight(connection: sa.Connection, batch_id: uuid.UUID) -> int:
     """Children of a batch that were sent or run, or were sent and became batches that they wait for."""
+    return int(connection.execute(sa.select(_in_flight(batch_id))).scalar_one())
+
+
+def _in_flight(batch_id: Any) -> sa.ColumnElement[int]:
     # A child that was made to wait for a batch, by `parent_batch=`, was never sent.
     was_sent = sa.or_(child.c.dispatched_at.is_not(None), child.c.dispatches > 0)
     sent = _count(on_its_way_in(batch_id), was_sent, _IS_CHILD)
     running = _count(open_in(batch_id), _RUNNING)
-    return int(connection.execute(sa.select(sent.scalar_subquery() + running.scalar_subquery())).scalar_one())
+    return sent + running
 
 
-def _count(*wanted: Any) -> sa.Select[Any]:
-    return sa.select(sa.func.count()).select_from(child).where(*wanted)
+def _count(*wanted: Any) -> sa.ScalarSelect[int]:
+    return sa.select(sa.func.count()).select_from(child).where(*wanted).scalar_subquery()
 
 
 def all_in_flight(connection: sa.Connection) -> dict[uuid.UUID, int]:
-    """Children that were sent or run, of each batch that has any."""
+    """Children that were sent or run, of each batch that has any.
+
+    Those that a paused batch had sent do not count: workers refuse them, and nothing tells when they are gone.
+    """
+    paused = sa.exists().where(batch.c.id == child.c.batch_id, batch.c.paused_at.is_not(None))
     # Two parts: each is read over the partial index that holds no other rows.
-    parts = [sa.select(child.c.batch_id).where(wanted) for wanted in (_SENT, _RUNNING)]
-    rows = sa.union_all(*parts).subquery()
-    query = sa.select(rows.c.batch_id, sa.func.count()).group_by(rows.c.batch_id)
+    parts = [sa.select(child.c.batch_id).where(wanted) for wanted in (sa.and_(_SENT, ~paused), _RUNNING)]
+    return _by_batch(connection, sa.union_all(*parts))
+
+
+def all_waiting(connection: sa.Connection) -> dict[uuid.UUID, int]:
+    """Children that were sent and became batches that they wait for, of each batch that has any."""
+    became = sa.and_(
+        child.c.waits_on_batch.is_not(None), child.c.status == Status.PENDING.value, child.c.dispatches > 0, _IS_CHILD
+    )
+    return _by_batch(connection, sa.select(child.c.batch_id).where(became))
+
+
+def _by_batch(connection: sa.Connection, rows: Any) -> dict[uuid.UUID, int]:
+    found = rows.subquery()
+    query = sa.select(found.c.batch_id, sa.func.count()).group_by(found.c.batch_id)
     return {row[0]: row[1] for row in connection.execute(query)}
 
 
-def contenders(connection: sa.Connection) -> list[BatchRow]:
-    """Batches with children to be sent now, by priority and then by age."""
+def contenders(connection: sa.Connection) -> list[tuple[BatchRow, int | None]]:
+    """Batches with children to be sent now, and how many their own windows let them send (None: any number), by
+    priority and then by age."""
     waiting = sa.exists().where(undispatched_in(batch.c.id), _IS_CHILD, child.c.waits_on_batch.is_(None), due())
     held = sa.and_(batch.c.dispatch_at.is_not(None), batch.c.dispatch_at > now())
+    room = sa.case((batch.c.max_in_flight.is_not(None), batch.c.max_in_flight - _in_flight(batch.c.id)))
     query = (
-        sa.select(*BATCH_COLUMNS)
-        .where(lets_children_run(), sa.not_(held), waiting)
+        sa.select(*BATCH_COLUMNS, room)
+        .where(
+            lets_children_run(), sa.not_(held), waiting,
+            sa.or_(batch.c.max_in_flight.is_(None), _in_flight(batch.c.id) < batch.c.max_in_flight),
+        )
         .order_by(batch.c.priority.desc(), batch.c.created_at, batch.c.id)
         .limit(_CONTENDERS)
-    )
-    return [batch_row(row) for row in connection.execute(query)]
+    )  # fmt: skip
+    return [(batch_row(row[:-1]), row[-1]) for row in connection.execute(query)]
 
 
 def is_held(connection: sa.Connection, row: BatchRow) -> bool:
@@ -124,6 +149,16 @@ def allowance(connection: sa.Connection, row: BatchRow) -> float | None:
         return None
     elapsed = connection.execute(sa.select(age(batch.c.paid_until)).where(batch.c.id == row.id)).scalar_one()
     return rate.allowance(elapsed)
+
+
+def give_credit(connection: sa.Connection, batch_id: uuid.UUID, unsent: int) -> None:
+    """So many children that its rate had let go were not sent: they may go again."""
+    row = owner(connection, batch_id, Lock.YES)
+    if row is None or row.rate is None:
+        return
+    elapsed = connection.execute(sa.select(age(batch.c.paid_until)).where(batch.c.id == batch_id)).scalar_one()
+    paid = later(-((elapsed or 0.0) + unsent / row.rate.per_second))
+    connection.execute(sa.update(batch).where(batch.c.id == batch_id).values(paid_until=paid, dispatch_at=None))
 
 
 def taken(connection: sa.Connection, row: BatchRow, allowed: float | None, sent: int) -> None:

@@ -120,6 +120,7 @@ def batch_page(screen: Screen, each: Object, id: str, app: str) -> Iterator[str]
         ("children", _children(each)),
         *_labels(each),
         ("times", _times(each)),
+        *_sending(each),
         *_paused(each, f"{command} resume {id}"),
         *(("callbacks", _callback(callback)) for callback in each["callbacks"]),
         *_incident_lines(each),
@@ -179,6 +180,28 @@ def _children(each: Object) -> str:
     left = each["pending"] + each["running"]
     split = f" ({number(each['split'])} split)" if each["split"] else ""
     return f"{_sum(each, '')}, {number(left)} open{split}"
+
+
+def _sending(each: Object) -> Iterator[tuple[str, str]]:
+    """What may be why nothing moves."""
+    told = [f"{name} {number(each[name])}" for name in ("max_in_flight", "max_running") if each[name] is not None]
+    if each["rate"] is not None:
+        told.append(f"rate {_as_declared(each['rate'])}")
+    if each["queue"] is not None:
+        told.append(f"queue {clean(each['queue'])}")
+    if each["priority"]:
+        told.append(f"priority {each['priority']}")
+    if each["dispatch_at"] is not None and each["finished_at"] is None:
+        told.append(f"held back until {moment(each['dispatch_at'])}")
+    if told:
+        yield "sending", ", ".join(told)
+
+
+def _as_declared(per_second: float) -> str:
+    for unit, seconds in (("s", 1), ("m", 60)):
+        if per_second * seconds >= 1:
+            return f"{per_second * seconds:g}/{unit}"
+    return f"{per_second * 3600:g}/h"
 
 
 def _paused(each: Object, resume: str) -> Iterator[tuple[str, str]]:

@@ -29,7 +29,10 @@ _MARGIN = 10.0
 _OF_BATCH = (
     "reason", "parent_batch", "parent_position", "parent_task_id", "parent_task", "root_id", "description", "tags",
     "metadata", "created_at", "sealed_at", "paused_at", "pause_reason", "deadline_at", "started_at", "finished_at",
+    "priority", "dispatch_at",
 )  # fmt: skip
+#: Of its options: how its children are sent.
+_LIMITS = ("max_in_flight", "max_running", "rate", "queue")
 #: Not shown: `signature` and `result` are customers' data, `run_token` is a fence, `shard` a detail.
 _OF_CHILD = (
     "batch_id", "position", "kind", "ordinal", "round", "task", "task_id", "status", "cause", "verdict", "attempt",
@@ -49,7 +52,8 @@ def _chosen(record: object, names: Iterable[str]) -> dict[str, Any]:
 
 def batch(progress: Progress, row: BatchRow) -> dict[str, Any]:
     """A batch with its counts."""
-    return {**progress.as_dict(), **_chosen(row, _OF_BATCH)}
+    limits = {name: row.options.get(name) for name in _LIMITS}
+    return {**progress.as_dict(), **_chosen(row, _OF_BATCH), **limits}
 
 
 def batches(store: Store, ids: Sequence[uuid.UUID]) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ K = TypeVar("K")
 
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*([smh])\s*")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_SLOWEST = 1 / 86_400
 
 #: What becomes due within so many seconds may be sent ahead: the worker that gets it holds it. Later children take no
 #: place in a window yet.
@@ -25,7 +26,8 @@ _REFILLS = 32
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """So many children a second are sent, in the long run; at once never more than one second's worth, or one."""
+    """So many children a second are sent, in the long run; at once never more than one second's worth and one more (so
+    that nothing is lost where somebody looks once a second)."""
 
     per_second: float
 
@@ -38,23 +40,25 @@ class Rate:
         match = _RATE.fullmatch(value) if isinstance(value, str) else None
         if match is not None:
             value = float(match[1]) / _UNITS[match[2]]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _SLOWEST <= value < math.inf:
             raise InvalidOption(
-                f"rate must be more than 0 children a second, or text such as '10/s', '100/m', '5/h', not {value!r}"
+                "rate must be more than 0 children a second (at least one a day), or text such as '10/s', '100/m', "
+                f"'5/h', not {value!r}"
             )
         return cls(float(value))
 
     @property
     def burst(self) -> int:
         """How many may be sent at once, after a pause."""
-        return max(1, math.floor(self.per_second))
+        return math.floor(self.per_second + 1)
 
     def allowance(self, elapsed: float | None) -> float:
         """How many children may be sent now, parts of one included.
 
         `elapsed`: seconds since the moment until which everything sent is paid for; None: nothing was sent yet.
         """
-        return float(self.burst) if elapsed is None else max(0.0, min(self.burst, elapsed * self.per_second))
+        most = self.per_second + 1
+        return float(self.burst) if elapsed is None else max(0.0, min(most, elapsed * self.per_second))
 
     def paid_since(self, allowance: float, sent: int) -> float:
         """Seconds ago until which everything is paid for, after `sent` of this `allowance` were sent."""

@@ -10,6 +10,8 @@ import pytest
 from celery import Celery, chain, group
 
 from celery_batchtrack import Batch, BatchTrack, chord, errors
+from celery_batchtrack.surfaces import pages, views
+from celery_batchtrack.surfaces.render import Screen
 
 
 @pytest.fixture
@@ -91,3 +93,19 @@ def test_max_running_is_a_window_and_the_narrower_counts(app: Celery) -> None:
     row = batch.row
     assert (row.max_in_flight, row.options["max_in_flight"], row.options["max_running"]) == (4, 100, 4)
     assert row.options["rate"] == 1.5
+
+
+@pytest.mark.parametrize(("rate", "shown"), [("10/s", "10/s"), ("90/m", "1.5/s"), ("30/m", "30/m"), ("5/h", "5/h")])
+def test_show_says_how_a_batch_is_sent(app: Celery, rate: str, shown: str) -> None:
+    batch = Batch.create("slow", [], app=app, max_in_flight=1000, max_running=4, rate=rate, queue="bulk", priority=2)
+    screen = Screen("utf-8", None, colour=False)
+    lines = pages.batch_page(screen, views.batch_in_full(app.batchtrack.store, batch.id), str(batch.id), "shop")
+    (line,) = [line for line in lines if line.startswith("sending")]
+    assert line == f"sending    max_in_flight 1 000, max_running 4, rate {shown}, queue bulk, priority 2"
+
+
+def test_show_says_nothing_of_sending_where_nothing_was_said(app: Celery) -> None:
+    batch = Batch.create("plain", [], app=app)
+    found = views.batch_in_full(app.batchtrack.store, batch.id)
+    lines = pages.batch_page(Screen("utf-8", None, colour=False), found, "x", "shop")
+    assert not [line for line in lines if line.startswith("sending")]

@@ -71,7 +71,7 @@ def test_a_rate_is_not_spent_twice(scene: Scene, rivals: Rivals, hold: Hold) -> 
     held = rivals.start_held(first, first.take_undispatched, batch_id, 100)
     waiting = rivals.start_blocked(scene.store.take_undispatched, batch_id, 100)
     first.commit()
-    assert (len(held.result()), waiting.result()) == (10, [])
+    assert (len(held.result()), waiting.result()) == (11, [])
 
 
 @pytest.mark.parametrize("shared", [None, 12])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -809,3 +809,14 @@ def test_batches_go_through_the_window_of_the_one_they_are_nested_in_one_after_a
     assert (most, scene.status(batch_id)) == (1, "completed"), "without a sweep"
     assert play.ran == ["a", "b", "c"] + ["a", "b"] * 4
     assert add_up(scene, batch_id)
+
+
+def test_hundreds_of_groups_go_through_a_shared_window_without_nesting_calls(scene: Scene, play: Play) -> None:
+    if not scene.store.sqlite:
+        pytest.skip("once is enough")
+    play.tracker.settings = replace(play.tracker.settings, max_in_flight=4)
+    batch_id = play.start(*(steps(group("a")) for _ in range(300)))
+    play.work()
+    play.sweep()
+    play.work()
+    assert scene.status(batch_id) == "completed" and counts(scene, batch_id) == {"completed": 300}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from celery_batchtrack.store import windows
 from celery_batchtrack.store.clock import later
 from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
 from celery_batchtrack.vocabulary.records import NewBatch, Outgoing, Release
@@ -193,16 +194,62 @@ def test_callbacks_pass_by_the_shared_window(scene: Scene) -> None:
     assert len(_of(taken, busy)) == 1 and [each.child.kind for each in taken if each.child.batch_id == ended]
 
 
+def test_a_batch_at_its_own_limit_does_not_keep_places_from_others(scene: Scene) -> None:
+    narrow, other = scene.batch(10, max_in_flight=1, priority=10), scene.batch(50)
+    taken = _share(scene, 20)
+    assert (len(_of(taken, narrow)), len(_of(taken, other))) == (1, 19)
+    for position in range(5):
+        scene.complete(scene.run(other, position))
+    assert len(_of(_share(scene, 20), other)) == 5
+
+
+def test_many_batches_at_their_limits_do_not_hide_one_that_has_room(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "_CONTENDERS", 3)
+    full = [scene.batch(2, max_in_flight=1) for _ in range(4)]
+    while _share(scene, 100):
+        pass
+    late = scene.batch(5)
+    assert len(_of(_share(scene, 100), late)) == 5 and len(full) == 4
+
+
+def test_what_a_paused_batch_had_sent_takes_no_place(scene: Scene) -> None:
+    """Its messages are refused, and nobody knows when they are gone."""
+    idle, other = scene.batch(10), scene.batch(10)
+    assert len(_of(scene.store.take_undispatched(idle, 5), idle)) == 5
+    running = scene.run(idle, 0)
+    assert _share(scene, 5) == []
+    scene.store.pause(idle, "by hand")
+    assert len(_of(_share(scene, 5), other)) == 4, "but what runs keeps its place"
+    scene.complete(running)
+    assert len(_of(_share(scene, 5), other)) == 1
+
+
+def test_what_is_due_much_later_takes_no_place_in_a_shared_window(scene: Scene) -> None:
+    later_on, other = scene.batch([*some(20, countdown=3600.0), *some(1)]), scene.batch(10)
+    taken = _share(scene, 5)
+    assert (_of(taken, later_on), len(_of(taken, other))) == ([20], 4)
+
+
+def test_a_batch_whose_children_became_batches_lets_these_go_first(scene: Scene) -> None:
+    outer = scene.batch(10)
+    (out,) = _share(scene, 1)
+    inner = NewBatch(uuid7(), "inner", "{}", {}, parent_batch=outer, parent_position=0)
+    assert scene.store.nest(out.child, inner, some(5))
+    assert [each.child.batch_id for each in _share(scene, 1)] == [inner.id]
+
+
 # -- rates -----------------------------------------------------------------------------------------
 
 
 def test_a_rate_lets_its_burst_go_and_holds_the_batch(scene: Scene) -> None:
     batch_id = scene.batch(30, options={"rate": 10.0})
-    assert dispatch_all(scene, batch_id) == list(range(10))
+    assert dispatch_all(scene, batch_id) == list(range(11))
     assert dispatch_all(scene, batch_id) == [], "it is held for a tenth of a second"
     scene.set_batch(batch_id, dispatch_at=later(-0.01), paid_until=later(-0.45))
     assert scene.store.held_back() == [batch_id]
-    assert dispatch_all(scene, batch_id) == [10, 11, 12, 13]
+    assert dispatch_all(scene, batch_id) == [11, 12, 13, 14]
     assert scene.store.held_back() == [] and scene.store.any_held_back()
 
 
@@ -210,7 +257,7 @@ def test_a_rate_saves_up_no_more_than_a_second(scene: Scene) -> None:
     batch_id = scene.batch(100, options={"rate": 10.0})
     dispatch_all(scene, batch_id)
     scene.set_batch(batch_id, dispatch_at=later(-500.0), paid_until=later(-500.0))
-    assert len(dispatch_all(scene, batch_id)) == 10
+    assert len(dispatch_all(scene, batch_id)) == 11
 
 
 def test_a_rate_that_lets_more_go_than_there_is_holds_nothing_back(scene: Scene) -> None:
@@ -219,8 +266,24 @@ def test_a_rate_that_lets_more_go_than_there_is_holds_nothing_back(scene: Scene)
     assert not scene.store.any_held_back()
 
 
+def test_what_a_rate_let_go_and_nobody_sent_may_go_again(scene: Scene) -> None:
+    batch_id = scene.batch(5, options={"rate": 1 / 3600})
+    for give in (scene.store.give_back, lambda rows: scene.store.hold_back(rows, -1.0)):
+        (out,) = scene.store.take_undispatched(batch_id, 10)
+        give([out.child])
+    assert dispatch_all(scene, batch_id) == [0], "an hour is not lost for each try"
+    assert dispatch_all(scene, batch_id) == []
+
+
+def test_a_batch_that_has_nothing_more_to_send_is_held_back_no_more(scene: Scene) -> None:
+    batch_id = scene.batch(6, options={"rate": 5.0})
+    assert len(dispatch_all(scene, batch_id)) == 6
+    scene.set_batch(batch_id, dispatch_at=later(-5.0))
+    assert scene.store.held_back() == [] and not scene.store.any_held_back()
+
+
 def test_a_held_batch_does_not_hold_others_in_the_shared_window(scene: Scene) -> None:
-    slow, other = scene.batch(10, options={"rate": 1.0}), scene.batch(10)
+    slow, other = scene.batch(10, options={"rate": 0.5}), scene.batch(10)
     taken = _share(scene, 8)
     assert (_of(taken, slow), len(_of(taken, other))) == ([0], 7)
 

@@ -6,10 +6,11 @@ import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from celery_batchtrack.behaviour import dispatch, finish, recovery, report, results
+from celery_batchtrack.behaviour import dispatch, finish, recovery, report, results, rounds
 from celery_batchtrack.behaviour.handover import item_hash
 from celery_batchtrack.store import Store
 from celery_batchtrack.store.clock import later
@@ -489,10 +490,10 @@ def test_callbacks_do_not_wait_for_a_full_queue(scene: Scene) -> None:
 def test_what_a_rate_holds_back_is_sent_when_its_time_has_come(scene: Scene) -> None:
     tracker = tracker_on(scene.store)
     batch_id = scene.batch(30, options={"rate": 10.0})
-    assert dispatch.pump(tracker, batch_id) == 10
+    assert dispatch.pump(tracker, batch_id) == 11
     scene.set_batch(batch_id, dispatch_at=later(-0.1), paid_until=later(-0.75))
     assert dispatch.go_on(tracker)
-    assert len(tracker.outbox.sent) == 17
+    assert len(tracker.outbox.sent) == 18
 
 
 def test_a_large_batch_is_sent_by_workers_a_small_one_by_its_parent(scene: Scene) -> None:
@@ -519,3 +520,39 @@ def test_a_large_batch_with_a_window_needs_no_helpers(scene: Scene) -> None:
     batch_id = scene.batch(45, max_in_flight=7)
     finish.started(tracker, batch_id)
     assert (len(tracker.outbox.sent), tracker.outbox.handed_out) == (7, [])
+
+
+def test_another_round_of_one_child_of_a_large_batch_is_sent_at_once(scene: Scene) -> None:
+    tracker = tracker_on(scene.store, fan_out=20)
+    tracker.outbox.workers_there = False
+    batch_id = scene.batch(45, options={"tolerance": 45})
+    finish.started(tracker, batch_id)
+    for position in range(44):
+        scene.complete(scene.run(batch_id, position))
+    scene.fail(scene.run(batch_id, 44))
+    scene.store.finish(batch_id)
+    tracker.outbox.sent.clear()
+    tracker.outbox.workers_there = True
+    assert rounds.retry(tracker, batch_id) == 1
+    assert (len(tracker.outbox.sent), tracker.outbox.handed_out) == (1, [])
+
+
+@pytest.mark.parametrize("how", [finish.cancel, finish.pause])
+def test_places_of_a_batch_that_ends_or_pauses_are_taken_by_others_at_once(scene: Scene, how: Any) -> None:
+    tracker = tracker_on(scene.store, max_in_flight=5)
+    large, other = scene.batch(50), scene.batch(10)
+    scene.store.take_undispatched(large, 5)
+    assert dispatch.pump(tracker, other) == 0
+    how(tracker, large)
+    assert [each.row.batch_id for each in tracker.outbox.sent] == [other] * 5
+
+
+def test_what_was_held_back_is_sent_in_portions(scene: Scene) -> None:
+    tracker = tracker_on(scene.store, max_queue_depth=10, fan_out=20)
+    batch_id = scene.batch(some(100, queue="deep"))
+    tracker.outbox.lengths["deep"] = 10
+    assert dispatch.pump(tracker, batch_id) == 0
+    scene.set_batch(batch_id, dispatch_at=later(-1.0))
+    tracker.outbox.lengths["deep"] = 0  # consumers keep up
+    assert dispatch.go_on(tracker), "there is more"
+    assert len(tracker.outbox.sent) == 20
