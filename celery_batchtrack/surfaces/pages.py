@@ -184,11 +184,12 @@ def _children(each: Object) -> str:
 
 def _sending(each: Object) -> Iterator[tuple[str, str]]:
     """What may be why nothing moves."""
-    told = [f"{name} {number(each[name])}" for name in ("max_in_flight", "max_running") if each[name] is not None]
-    if each["rate"] is not None:
-        told.append(f"rate {_as_declared(each['rate'])}")
-    if each["queue"] is not None:
-        told.append(f"queue {clean(each['queue'])}")
+    limits = each["limits"]
+    told = [f"{name} {number(limits[name])}" for name in ("max_in_flight", "max_running") if name in limits]
+    if "rate" in limits:
+        told.append(f"rate {_as_declared(limits['rate'])}")
+    if "queue" in limits:
+        told.append(f"queue {clean(limits['queue'])}")
     if each["priority"]:
         told.append(f"priority {each['priority']}")
     if each["dispatch_at"] is not None and each["finished_at"] is None:

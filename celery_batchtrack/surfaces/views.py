@@ -52,8 +52,8 @@ def _chosen(record: object, names: Iterable[str]) -> dict[str, Any]:
 
 def batch(progress: Progress, row: BatchRow) -> dict[str, Any]:
     """A batch with its counts."""
-    limits = {name: row.options.get(name) for name in _LIMITS}
-    return {**progress.as_dict(), **_chosen(row, _OF_BATCH), **limits}
+    limits = {name: row.options[name] for name in _LIMITS if row.options.get(name) is not None}
+    return {**progress.as_dict(), **_chosen(row, _OF_BATCH), "limits": limits}
 
 
 def batches(store: Store, ids: Sequence[uuid.UUID]) -> Iterator[dict[str, Any]]:
