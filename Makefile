@@ -10,8 +10,8 @@ ROUNDS ?= 50
 VENV := .venv
 DEMO_VENV := .venv-demo
 # The suite runs in two processes: the tests of one compute, those of the other mostly wait for workers.
-COMPUTING := tests/unit tests/store tests/races
-WAITING := tests/integration tests/acceptance tests/chaos tests/neighbours tests/django
+COMPUTING := tests/unit tests/store tests/races tests/neighbours tests/django
+WAITING := tests/integration tests/acceptance tests/chaos
 OTHER_LOG := .pytest-waiting.log
 PIP := python -m pip install --quiet --disable-pip-version-check
 

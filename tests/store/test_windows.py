@@ -243,13 +243,17 @@ def test_a_batch_whose_children_became_batches_lets_these_go_first(scene: Scene)
 # -- rates -----------------------------------------------------------------------------------------
 
 
-def test_a_rate_lets_its_burst_go_and_holds_the_batch(scene: Scene) -> None:
-    batch_id = scene.batch(30, options={"rate": 10.0})
-    assert dispatch_all(scene, batch_id) == list(range(11))
-    assert dispatch_all(scene, batch_id) == [], "it is held for a tenth of a second"
-    scene.set_batch(batch_id, dispatch_at=later(-0.01), paid_until=later(-0.45))
+def test_a_rate_lets_its_burst_go_at_once(scene: Scene) -> None:
+    assert dispatch_all(scene, scene.batch(30, options={"rate": 10.0})) == list(range(11))
+
+
+def test_a_rate_holds_the_batch_until_the_next_may_go(scene: Scene) -> None:
+    batch_id = scene.batch(30, options={"rate": 1 / 60})
+    assert dispatch_all(scene, batch_id) == [0]
+    assert dispatch_all(scene, batch_id) == [] == scene.store.held_back() and scene.store.any_held_back()
+    scene.set_batch(batch_id, dispatch_at=later(-1.0), paid_until=later(-61.0))
     assert scene.store.held_back() == [batch_id]
-    assert dispatch_all(scene, batch_id) == [11, 12, 13, 14]
+    assert dispatch_all(scene, batch_id) == [1]
     assert scene.store.held_back() == [] and scene.store.any_held_back()
 
 
