@@ -9,10 +9,6 @@ ROUNDS ?= 50
 
 VENV := .venv
 DEMO_VENV := .venv-demo
-# The suite runs in two processes: the tests of one compute, those of the other mostly wait for workers.
-COMPUTING := tests/unit tests/store tests/races tests/neighbours tests/django
-WAITING := tests/integration tests/acceptance tests/chaos
-OTHER_LOG := .pytest-waiting.log
 PIP := python -m pip install --quiet --disable-pip-version-check
 
 # Two of these at once would run two installations into the same environment.
@@ -28,11 +24,7 @@ demo: $(DEMO_VENV)/.installed  ## show a batch that survives a crash, without an
 
 test: $(VENV)/.installed  ## run the test suite (ARGS="-k name" to choose)
 ifeq ($(strip $(ARGS)),)
-	@echo "pytest -q $(COMPUTING), and at the same time $(WAITING)"
-	@$(VENV)/bin/python -m pytest -q -p no:cacheprovider $(WAITING) >$(OTHER_LOG) 2>&1 & waiting=$$!; \
-	$(VENV)/bin/python -m pytest -q $(COMPUTING); failed=$$?; \
-	wait $$waiting || failed=1; \
-	cat $(OTHER_LOG); rm -f $(OTHER_LOG); exit $$failed
+	$(VENV)/bin/python -m tests
 else
 	$(VENV)/bin/python -m pytest -q $(ARGS)
 endif
