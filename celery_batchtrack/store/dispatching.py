@@ -24,12 +24,7 @@ from .transitions import lock_in_order
 
 _CALLBACKS = [each.value for each in CALLBACK_KINDS]
 #: Batches that were held back, and have children to send.
-_HELD = sa.and_(
-    batch.c.dispatch_at.is_not(None), windows.lets_children_run(),
-    sa.exists().where(
-        undispatched_in(batch.c.id), child.c.kind == Kind.CHILD.value, child.c.waits_on_batch.is_(None)
-    ),
-)  # fmt: skip
+_HELD = sa.and_(batch.c.dispatch_at.is_not(None), windows.lets_children_run(), windows.has_unsent())
 
 
 def _publishable() -> sa.ColumnElement[bool]:
@@ -47,10 +42,7 @@ class Dispatching(Connected):
         never = sa.and_(
             child.c.status == Status.PENDING.value, child.c.dispatched_at.is_(None), child.c.waits_on_batch.is_(None)
         )
-        waiting = sa.exists().where(
-            undispatched_in(batch.c.id), child.c.kind == Kind.CHILD.value, child.c.waits_on_batch.is_(None)
-        )
-        alive = sa.select(batch.c.id).where(windows.lets_children_run(), waiting)
+        alive = sa.select(batch.c.id).where(windows.lets_children_run(), windows.has_unsent())
         called = sa.select(child.c.batch_id).where(child.c.kind.in_(_CALLBACKS), never)
         with self.read() as connection:
             found = {*connection.execute(alive).scalars(), *connection.execute(called).scalars()}

@@ -37,6 +37,11 @@ def lets_children_run() -> sa.ColumnElement[bool]:
     return sa.and_(alive, batch.c.paused_at.is_(None))
 
 
+def has_unsent(*wanted: sa.ColumnElement[bool]) -> sa.Exists:
+    """Of a batch: it has children that were never sent for their attempt, and such as are `wanted`."""
+    return sa.exists().where(undispatched_in(batch.c.id), _IS_CHILD, child.c.waits_on_batch.is_(None), *wanted)
+
+
 def due() -> sa.ColumnElement[bool]:
     """Of a child: its time has come, or will soon. Until then it takes no place in a window."""
     return sa.or_(child.c.not_before.is_(None), child.c.not_before <= later(AHEAD))
@@ -114,7 +119,7 @@ def _by_batch(connection: sa.Connection, rows: Any) -> dict[uuid.UUID, int]:
 def contenders(connection: sa.Connection) -> list[tuple[BatchRow, int | None]]:
     """Batches with children to be sent now, and how many their own windows let them send (None: any number), by
     priority and then by age."""
-    waiting = sa.exists().where(undispatched_in(batch.c.id), _IS_CHILD, child.c.waits_on_batch.is_(None), due())
+    waiting = has_unsent(due())
     held = sa.and_(batch.c.dispatch_at.is_not(None), batch.c.dispatch_at > now())
     room = sa.case((batch.c.max_in_flight.is_not(None), batch.c.max_in_flight - _in_flight(batch.c.id)))
     query = (
