@@ -225,7 +225,8 @@ def test_an_item_that_killed_twice_is_not_sent_again_until_it_is_released(stage:
 
 
 def test_too_many_deaths_pause_the_batch_until_it_is_resumed(stage: Scene) -> None:
-    bad = [stage.tasks.record.s(docs(1, _0="exit"), place(stage)) for _ in range(12)]
+    # Many: how many die before the third death is written is up to the machine, and three must be left to die.
+    bad = [stage.tasks.record.s(docs(1, _0="exit"), place(stage)) for _ in range(60)]
     batch = stage.start(*bad, max_crash_rate="50%")
     row = eventually(lambda: _paused(stage, batch), 30, what="the breaker")
     assert row.pause_reason.startswith("breaker: ") and "runs died within 300 s" in row.pause_reason
@@ -237,11 +238,12 @@ def test_too_many_deaths_pause_the_batch_until_it_is_resumed(stage: Scene) -> No
     assert batch.resume() and not batch.resume()
     eventually(lambda: _paused(stage, batch), 30, what="the breaker again")
     assert batch.cancel()
-    assert sum(batch.progress().as_dict()[name] for name in ("crashed", "cancelled")) == 12
+    assert sum(batch.progress().as_dict()[name] for name in ("crashed", "cancelled")) == 60
 
 
 def _paused(scene: Scene, batch: Batch) -> Any:
     row = scene.batchtrack.store.batch(batch.id)
+    assert row is None or row.status == "running", f"it ended: {row}"
     return row if row is not None and row.paused_at is not None else None
 
 
