@@ -47,6 +47,10 @@ class BatchNotFound(BatchTrackError, LookupError):
     """No batch has this id, or a shortened id fits several."""
 
 
+class ChildNotFound(BatchNotFound):
+    """The batch has no child at this position."""
+
+
 class BatchStateError(BatchTrackError):
     """The batch is in a state that does not allow the call."""
 

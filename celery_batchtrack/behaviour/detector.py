@@ -408,6 +408,7 @@ class Sweeper:
         for batch_id in tracker.store.untold():
             ending.tell_backend(tracker, batch_id)
         tracker.store.sample_crash_rates()
+        tracker.store.merge_outcomes()
         # Of one large batch not all at once: a sweep has others to look after.
         done.dispatched += dispatch.pump(tracker, limit=tracker.settings.fan_out)
         done.redispatched += dispatch.redispatch(tracker, worker_lost=done.lost_workers > 0)

@@ -14,5 +14,6 @@ def prune(tracker: Tracker, keep: Mapping[str, float] | None = None) -> tuple[in
     """
     keep = tracker.settings.retention if keep is None else keep
     batches = tracker.store.prune(completed=keep["completed"], other=keep["other"])
+    tracker.store.keep_outcomes()
     tracker.store.prune_quarantine(keep["other"])
     return batches, tracker.store.prune_workers(max(keep.values()))

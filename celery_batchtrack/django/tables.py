@@ -62,7 +62,7 @@ def complete(alias: str) -> None:
         store = _store(alias)
         store.migrate()
         try:
-            store.make_owners()
+            store.complete()
         except errors.ImproperlyConfigured as error:
             logger.warning("action=owners_wait %s", error)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from .borrowed import Borrowed, Lend
 from .breaker import Pausing
+from .browsing import Browsing
+from .charts import Charting
 from .children import ChildWrites, SlotTaken
 from .dispatching import Dispatching
-from .finding import Finding
 from .nesting import WITH_PARENT, Nesting
+from .outcomes import Outcomes, OutcomeTotal
 from .owners import Owning
 from .pruning import Pruning
 from .quarantine import Quarantining
@@ -15,12 +17,13 @@ from .queries import Queries
 from .rounds import Rounds
 from .splitting import Splitting
 from .verify import Verifying
+from .views import Viewing
 from .workers import WorkerWrites
 
 
 class Store(
     Rounds, Nesting, Owning, ChildWrites, Splitting, Quarantining, Pausing, WorkerWrites, Dispatching, Queries,
-    Finding, Pruning, Verifying,
+    Browsing, Charting, Pruning, Verifying, Outcomes, Viewing,
 ):  # fmt: skip
     """Everything the tracking database is asked, by topic."""
 
@@ -33,4 +36,4 @@ class BorrowedStore(Borrowed, Store):
     """A `Store` in somebody else's transaction."""
 
 
-__all__ = ["WITH_PARENT", "BorrowedStore", "SlotTaken", "Store"]
+__all__ = ["WITH_PARENT", "BorrowedStore", "OutcomeTotal", "SlotTaken", "Store"]

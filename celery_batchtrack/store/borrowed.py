@@ -48,11 +48,11 @@ class Borrowed(Connected):
         """Bring the tables to a revision, if they are not beyond it already."""
         with self._translated(), self._lend() as connection, connection.begin_nested():
             if not migrate.reaches(connection, to):
-                migrate.upgrade_on(connection, lambda _: None, self.shown_url, to)
+                migrate.upgrade_on(connection, self._before_steps, self.shown_url, to)
         self._store_id = None
 
-    def make_owners(self) -> None:
-        """The columns of owners, whose tables must be there."""
+    def complete(self) -> None:
+        """What no step makes: columns of owners, whose tables must be there, and the views."""
         with self.write() as connection:
             self._after_steps(connection)
 

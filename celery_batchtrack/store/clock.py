@@ -69,6 +69,40 @@ class age(FunctionElement[float]):
     inherit_cache = True
 
 
+class this_minute(FunctionElement[datetime]):
+    """The database's present minute."""
+
+    type = Moment()
+    inherit_cache = True
+
+
+class first_item(FunctionElement[str]):
+    """`first_item(child.c.items)`: the first of the identifiers, as text."""
+
+    type = sa.Text()
+    inherit_cache = True
+
+
+@compiles(this_minute, "postgresql")
+def _this_minute_pg(element: Any, compiler: Any, **kw: Any) -> str:
+    return "date_trunc('minute', statement_timestamp())"
+
+
+@compiles(this_minute, "sqlite")
+def _this_minute_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return "strftime('%Y-%m-%d %H:%M:00.000000', 'now')"
+
+
+@compiles(first_item, "postgresql")
+def _first_item_pg(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"({compiler.process(element.clauses, **kw)} ->> 0)"
+
+
+@compiles(first_item, "sqlite")
+def _first_item_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"json_extract({compiler.process(element.clauses, **kw)}, '$[0]')"
+
+
 @compiles(now, "postgresql")
 def _now_pg(element: Any, compiler: Any, **kw: Any) -> str:
     return "statement_timestamp()"

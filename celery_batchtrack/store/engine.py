@@ -203,8 +203,11 @@ class Connected:
     def migrate(self) -> None:
         """Bring the tables to this version's schema. Safe to run twice, and by two at once."""
         with self._translated(), self._guarded():
-            migrate.upgrade(self.engine, self._after_steps)
+            migrate.upgrade(self.engine, self._before_steps, self._after_steps)
         self._store_id = None
+
+    def _before_steps(self, connection: sa.Connection) -> None:
+        """What stands in the way of steps, where there are any to go."""
 
     def _after_steps(self, connection: sa.Connection) -> None:
         """What else the tables need, in the transaction of the steps."""

@@ -15,10 +15,15 @@ from celery_batchtrack.vocabulary.records import ChildRow
 from celery_batchtrack.vocabulary.states import Verdict
 
 from .clock import later, now
+from .outcomes import count_death
 from .schema import child, incident
 
 #: What an UPDATE of a child must return for `Attempt`, behind its other columns.
 TOLD = (child.c.attempt, child.c.task, child.c.queue)
+
+
+#: What is noted beside the end of an attempt.
+_NO_DEATH = ("late_write", "redispatched")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,9 @@ class Attempt:
 def record(
     connection: sa.Connection, attempt: Attempt, outcome: str, evidence: Evidence, verdict: Verdict | None = None
 ) -> None:
-    """Insert the incident of one attempt."""
+    """Insert the incident of one attempt, and count it if somebody died."""
+    if evidence.detected_by is not None and outcome not in _NO_DEATH:
+        count_death(connection, attempt.key.batch_id, attempt.task, evidence.signal or evidence.cause.value)
     connection.execute(
         sa.insert(incident).values(
             id=uuid7(), batch_id=attempt.key.batch_id, position=attempt.key.position, attempt=attempt.number,

@@ -78,19 +78,25 @@ def refusal(found: State, url: str) -> errors.SchemaError:
     )
 
 
-def upgrade(engine: sa.Engine, after: Callable[[sa.Connection], None]) -> None:
-    """Run every missing step, and then `after`, in one transaction."""
+Around = Callable[[sa.Connection], None]
+
+
+def upgrade(engine: sa.Engine, before: Around, after: Around) -> None:
+    """Run every missing step in one transaction: `before` only if there is one, `after` always."""
     with engine.begin() as connection:
-        upgrade_on(connection, after, engine.url.render_as_string(hide_password=True))
+        upgrade_on(connection, before, engine.url.render_as_string(hide_password=True))
+        after(connection)
 
 
-def upgrade_on(connection: sa.Connection, after: Callable[[sa.Connection], None], url: str, to: str = "head") -> None:
-    """As `upgrade`, within a transaction that has begun; not further than to the revision `to`."""
+def upgrade_on(connection: sa.Connection, before: Around, url: str, to: str = "head") -> None:
+    """The steps to the revision `to` that are missing, within a transaction that has begun."""
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
     if state(connection) is State.NEWER:
         raise refusal(State.NEWER, url)
+    if reaches(connection, to):
+        return
+    before(connection)
     settings = config()
     settings.attributes["connection"] = connection
     command.upgrade(settings, to)
-    after(connection)

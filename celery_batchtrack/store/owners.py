@@ -88,6 +88,7 @@ class Owning(Connected):
         return _Target.parse(name, self._owners[name])
 
     def _after_steps(self, connection: sa.Connection) -> None:
+        super()._after_steps(connection)
         for name in self._owners:
             _make(connection, self._target(name), self.shown_url)
 

@@ -48,13 +48,14 @@ class Pruning(Connected):
             return set()
         tree = tree_of(ids)
         query = (
-            sa.select(tree.c.root.distinct())
+            sa.select(tree.c.root)
             .join(batch, batch.c.id == tree.c.id)
             .join(child, child.c.batch_id == tree.c.id)
             .where(
                 is_callback(child), child.c.status.in_([each.value for each in OPEN]),
                 sa.or_(child.c.round == batch.c.round, child.c.status == Status.RUNNING.value),
             )
+            .distinct()
         )  # fmt: skip
         return set(connection.execute(query).scalars())
 

@@ -6,6 +6,7 @@ Totals of a batch live in its tally shards only; `running` is counted over a par
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,7 +15,7 @@ from sqlalchemy.sql.elements import Grouping
 
 from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, OPEN, BatchStatus, Kind, Status, Verdict
 
-from .clock import Identifier, Moment, now
+from .clock import Identifier, Moment, age, first_item, now
 
 metadata = sa.MetaData(
     naming_convention={
@@ -223,6 +224,10 @@ child = sa.Table(
 )  # fmt: skip
 
 
+#: In the words of the index.
+NOT_COMPLETED = batch.c.status != sa.literal_column("'completed'")
+sa.Index("batchtrack_batch_not_completed", batch.c.created_at, **_where("status <> 'completed'"))
+
 # -- children of a batch that are in some state ----------------------------------------------------
 
 
@@ -252,7 +257,7 @@ def _is(*states: Any) -> sa.ColumnElement[bool]:
 
 
 #: Pending or running.
-open_in = _OfBatch("batchtrack_child_open", _is(*OPEN), then=(child.c.status,))
+open_in = _OfBatch("batchtrack_child_open", _is(*OPEN), then=(child.c.status, child.c.position))
 #: Never sent for its attempt; also one that waits for a batch.
 undispatched_in = _OfBatch(
     "batchtrack_child_undispatched", _is(Status.PENDING), child.c.dispatched_at.is_(None),
@@ -263,6 +268,29 @@ on_its_way_in = _OfBatch(
     "batchtrack_child_on_its_way", _is(Status.PENDING),
     sa.or_(child.c.dispatched_at.is_not(None), child.c.waits_on_batch.is_not(None)),
 )  # fmt: skip
+
+# -- children by what people look for --------------------------------------------------------------
+
+#: Seconds that a child ran, from its last start.
+RAN = age(child.c.started_at, child.c.finished_at)
+_RAN: Any = Grouping(RAN)
+_FIRST_ITEM: Any = Grouping(first_item(child.c["items"]))
+#: Says it in the words of the indexes.
+SETTLED_CHILD = sa.and_(
+    child.c.kind == sa.literal_column("'child'"), child.c.started_at.is_not(None), child.c.finished_at.is_not(None)
+)
+ONE_ITEM = child.c.item_count == sa.literal_column("1")
+sa.Index(
+    "batchtrack_child_slowest", child.c.batch_id, _RAN, postgresql_where=SETTLED_CHILD, sqlite_where=SETTLED_CHILD
+)
+sa.Index(
+    "batchtrack_child_unhappy", child.c.batch_id, child.c.status, child.c.position,
+    **_when("status", [Status.FAILED, Status.CRASHED, Status.CANCELLED]),
+)  # fmt: skip
+sa.Index(
+    "batchtrack_child_item", _FIRST_ITEM, postgresql_using="hash", postgresql_where=ONE_ITEM, sqlite_where=ONE_ITEM
+)
+sa.Index("batchtrack_child_task_id", child.c.task_id, postgresql_using="hash")
 
 tally = sa.Table(
     "batchtrack_tally",
@@ -278,6 +306,9 @@ tally = sa.Table(
     sa.Column("weight_done", sa.BigInteger, nullable=False, server_default="0"),
     sa.PrimaryKeyConstraint("batch_id", "shard"),
     sa.ForeignKeyConstraint(["batch_id"], ["batchtrack_batch.id"], ondelete="CASCADE"),
+    # Batches with crashes, however few among many.
+    sa.Index("batchtrack_tally_crashed", "batch_id", **_where("crashed > 0")),
+    sa.Index("batchtrack_tally_failed", "batch_id", **_where("failed > 0")),
 )
 
 
@@ -331,9 +362,39 @@ incident = sa.Table(
     ),
     sa.Index("batchtrack_incident_child", "batch_id", "position"),
     sa.Index("batchtrack_incident_detected", "detected_at"),
+    sa.Index("batchtrack_incident_item", "item", **_where("item IS NOT NULL")),
     # Who went down with the same worker.
     sa.Index("batchtrack_incident_worker", "worker_id", **_where(WITH_ITS_WORKER)),
 )  # fmt: skip
+
+#: Whose outcomes are those of batches that are deleted.
+NOBODY = uuid.UUID(int=0)
+
+#: No foreign key: counts outlive their batch.
+outcome = sa.Table(
+    "batchtrack_outcome",
+    metadata,
+    sa.Column("batch_id", Identifier, nullable=False),
+    sa.Column("shard", sa.SmallInteger, nullable=False),
+    sa.Column("time", Moment, nullable=False),
+    sa.Column("task", sa.String(255), nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("detail", sa.String(32), nullable=False, server_default=""),
+    sa.Column("bucket", sa.SmallInteger, nullable=False),  # see vocabulary/durations.py
+    sa.Column("children", sa.BigInteger, nullable=False),
+    sa.Column("items", sa.BigInteger, nullable=False),
+    sa.Column("seconds", sa.Float, nullable=False),
+    sa.Column("seconds_max", sa.Float, nullable=False),
+    sa.PrimaryKeyConstraint("batch_id", "shard", "time", "task", "status", "detail", "bucket"),
+    sa.Index("batchtrack_outcome_time", "time"),
+    sa.Index("batchtrack_outcome_unmerged", "batch_id", **_where("shard >= 0")),
+)
+
+
+def unmerged() -> sa.ColumnElement[bool]:
+    """In the words of the index."""
+    return outcome.c.shard >= sa.literal_column("0")
+
 
 quarantine = sa.Table(
     "batchtrack_quarantine",
@@ -359,4 +420,7 @@ quarantine = sa.Table(
     sa.Index("batchtrack_quarantine_active", "task", **_where("quarantined_at IS NOT NULL")),
 )
 
-__all__ = ["Json", "batch", "child", "incident", "meta", "metadata", "now", "quarantine", "tally", "worker"]
+__all__ = [
+    "NOBODY", "Json", "batch", "child", "incident", "meta", "metadata", "now", "outcome", "quarantine", "tally",
+    "worker",
+]  # fmt: skip

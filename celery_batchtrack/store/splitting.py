@@ -110,7 +110,7 @@ class Splitting(Connected):
             shard = position % owner.shards
             values = _values(row, part, position, shard, attempt)
             connection.execute(sa.insert(child).values(**values, weight=weight))
-            added.append(Share(shard, part.item_count, weight, part.status))
+            added.append(Share(shard, part.item_count, weight, part.status, row.task))
             if part.evidence is not None:
                 key = ChildKey(row.batch_id, position)
                 told = replace(Attempt.of(row, attempt), key=key)

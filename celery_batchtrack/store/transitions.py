@@ -11,11 +11,15 @@ import sqlalchemy as sa
 
 from celery_batchtrack.vocabulary.states import BatchStatus, BatchTransition, Kind, Status, Transition
 
+from . import outcomes
 from .clock import now
-from .schema import batch, child, tally
+from .schema import RAN, batch, child, tally
 
 #: Columns that a transition needs from the rows it changed, to move the tally.
-MOVED = (child.c.shard, child.c.kind, child.c.item_count, child.c.weight)
+MOVED = (
+    child.c.shard, child.c.kind, child.c.item_count, child.c.weight, child.c.task.label("of_task"),
+    RAN.label("seconds"),
+)  # fmt: skip
 
 _COUNTED = (Status.COMPLETED, Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
@@ -73,10 +77,11 @@ OPEN_IN_SHARD = (tally.c.total - tally.c.completed - tally.c.failed - tally.c.cr
 def move(
     connection: sa.Connection, batch_id: Any, rows: Iterable[Sequence[Any]], source: Status | None, target: Status
 ) -> bool:
-    """Move the tally for `rows` (shard, kind, item_count, weight) of one batch, shards in order.
+    """Move the tally for `rows` (as `MOVED`) of one batch, shards in order, and count what ended.
 
     Answers whether a shard has nothing open any more: then the batch may be over.
     """
+    rows = list(rows)
     sums: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
     for shard, kind, item_count, weight, *_ in rows:
         if kind == Kind.CHILD:
@@ -93,6 +98,8 @@ def move(
             .returning(OPEN_IN_SHARD)
         ).scalar_one()
         emptied |= left == 0
+    if target in _COUNTED:
+        outcomes.count(connection, batch_id, rows, target)
     return emptied
 
 
@@ -104,10 +111,12 @@ class Share:
     items: int
     weight: int
     status: Status = Status.PENDING
+    task: str = ""
 
 
 def regroup(connection: sa.Connection, batch_id: Any, removed: Iterable[Share], added: Iterable[Share]) -> None:
     """Move the tally where open children go and others come in their place, shards in order."""
+    added = list(added)
     sums: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for sign, shares in ((-1, removed), (1, added)):
         for share in shares:
@@ -118,6 +127,10 @@ def regroup(connection: sa.Connection, batch_id: Any, removed: Iterable[Share], 
             .where(tally.c.batch_id == batch_id, tally.c.shard == shard)
             .values({name: tally.c[name] + value for name, value in sums[shard].items()})
         )
+    for status in _COUNTED:
+        ended = [share for share in added if share.status is status]
+        rows = [(each.shard, Kind.CHILD, each.items, each.weight, each.task, None) for each in ended]
+        outcomes.count(connection, batch_id, rows, status)
 
 
 def _add_share(sums: dict[str, int], share: Share, sign: int) -> None:
@@ -130,7 +143,7 @@ def _add_share(sums: dict[str, int], share: Share, sign: int) -> None:
 
 
 def settle_and_count(settle: sa.Update, target: Status) -> sa.Select[Any]:
-    """PostgreSQL: a settle of one running child and its tally shard in one statement.
+    """PostgreSQL: a settle of one running child, its tally shard and the count of what ended in one statement.
 
     Returns (kind, open): no row where the guard lost; `open` is None for a callback's row.
     """
@@ -146,4 +159,5 @@ def settle_and_count(settle: sa.Update, target: Status) -> sa.Select[Any]:
         .returning(OPEN_IN_SHARD)
         .cte("moved")
     )
-    return sa.select(settled.c.kind, moved.c.open).select_from(settled.outerjoin(moved, sa.true()))
+    told = sa.select(settled.c.kind, moved.c.open).select_from(settled.outerjoin(moved, sa.true()))
+    return told.add_cte(outcomes.counted_with(settled, moved, target))

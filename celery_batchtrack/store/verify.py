@@ -27,6 +27,12 @@ _ENDED = [each.value for each in BATCH_ENDED]
 _CHILD = child.c.kind == Kind.CHILD.value
 _COUNTED = (Status.COMPLETED, Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
+#: Checks of what must become true again within detection time; all others must always hold.
+LIVENESS = (
+    "running_on_a_living_worker", "sealed_batch_with_nothing_open_ended", "waiting_for_a_batch_that_exists",
+    "nested_batch_is_waited_for",
+)  # fmt: skip
+
 Check = Callable[[float], sa.Select[Any]]
 #: name → query of the offenders' ids. The argument is the time (s) a dead worker's rows may stay running.
 CHECKS: dict[str, Check] = {}

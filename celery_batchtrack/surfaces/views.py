@@ -76,7 +76,7 @@ def batch_in_full(store: Store, batch_id: uuid.UUID, *, stacks: bool = True) -> 
         **found,
         "split": store.split_count(batch_id),
         "children": {status.value: found[status] for status in Status if status != Status.SPLIT},
-        "callbacks": [_chosen(each, _OF_CALLBACK) for each in store.callback_rows(batch_id)],
+        "callbacks": [callback(each) for each in store.callback_rows(batch_id)],
         "incidents": [incident(each) for each in incidents[-SHOWN_INCIDENTS:]],
         "incidents_complete": len(incidents) <= SHOWN_INCIDENTS,
     }
@@ -97,6 +97,11 @@ def short_id(store: Store, batch_id: uuid.UUID | str) -> str:
 def child(row: ChildRow) -> dict[str, Any]:
     """A child, or a callback's row."""
     return _chosen(row, _OF_CHILD)
+
+
+def callback(row: ChildRow) -> dict[str, Any]:
+    """The row of a callback."""
+    return _chosen(row, _OF_CALLBACK)
 
 
 def incident(row: IncidentRow) -> dict[str, Any]:

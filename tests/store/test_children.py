@@ -260,7 +260,7 @@ def test_a_claim_and_a_settle_are_one_statement_each(scene: Scene) -> None:
         assert scene.store.settle(key, token, Ending(Status.COMPLETED, "1")).look
     if scene.store.sqlite:
         assert _sent(scene.store, claim) == ["BEGIN", "UPDATE"]
-        assert _sent(scene.store, settle) == ["BEGIN", "UPDATE", "UPDATE"]
+        assert _sent(scene.store, settle) == ["BEGIN", "UPDATE", "UPDATE", "INSERT"]
     else:
         assert _sent(scene.store, claim) == ["UPDATE"]
         assert _sent(scene.store, settle) == ["WITH"]
