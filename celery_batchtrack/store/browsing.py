@@ -123,10 +123,8 @@ class Browsing(Finding):
     ) -> ChildPage:  # fmt: skip
         """Children by position, from behind `after`: in this state, with this item, run last by a worker or host of
         this name, with an incident of this fingerprint."""
-        wanted = [child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value, child.c.position > after]
+        wanted = [*_of(batch_id, status), child.c.kind == Kind.CHILD.value, child.c.position > after]
         until: int | None = None
-        if status is not None:
-            wanted += _in_state(batch_id, status)
         if fingerprint is not None:
             with_it = sa.select(incident.c.position).where(
                 incident.c.batch_id == batch_id, incident.c.fingerprint == fingerprint
@@ -187,15 +185,17 @@ class Browsing(Finding):
             return dict(connection.execute(query).mappings().one())
 
 
-def _in_state(batch_id: uuid.UUID, status: str) -> list[sa.ColumnElement[bool]]:
-    """In the words of the index that knows it."""
+def _of(batch_id: uuid.UUID, status: str | None) -> list[sa.ColumnElement[bool]]:
+    """Children of a batch, in some state: in the words of the index that knows it, and of no other."""
+    if status is None:
+        return [child.c.batch_id == batch_id]
     is_it = child.c.status == sa.literal_column(repr(str(Status(status))))
     if status in OPEN:
-        return [open_in(batch_id), is_it]
+        return [is_it, open_in(batch_id)]
     if status in _UNHAPPY:
         named: list[sa.ColumnElement[str]] = [sa.literal_column(repr(str(each))) for each in _UNHAPPY]
-        return [is_it, child.c.status.in_(named)]
-    return [is_it]
+        return [child.c.batch_id == batch_id, is_it, child.c.status.in_(named)]
+    return [child.c.batch_id == batch_id, is_it]
 
 
 def _newest_with(connection: sa.Connection, children: int) -> tuple[list[uuid.UUID], bool]:

@@ -76,6 +76,23 @@ class this_minute(FunctionElement[datetime]):
     inherit_cache = True
 
 
+class bare(FunctionElement[Any]):
+    """`bare(column)`: its value without its affinity. SQLite would compare a column with an expression by the column's
+    affinity, and then no index over the expression will do."""
+
+    inherit_cache = True
+
+
+@compiles(bare, "postgresql")
+def _bare_pg(element: Any, compiler: Any, **kw: Any) -> str:
+    return str(compiler.process(element.clauses, **kw))
+
+
+@compiles(bare, "sqlite")
+def _bare_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"+{compiler.process(element.clauses, **kw)}"
+
+
 class first_item(FunctionElement[str]):
     """`first_item(child.c.items)`: the first of the identifiers, as text."""
 

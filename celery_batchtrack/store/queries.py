@@ -15,6 +15,7 @@ from celery_batchtrack.vocabulary.evidence import IncidentRow
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, Progress
 from celery_batchtrack.vocabulary.states import Kind, Status
 
+from .callbacks import is_callback
 from .clock import age, later, now
 from .engine import Connected
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
@@ -58,7 +59,7 @@ class Queries(Connected):
         running = (
             sa.select(sa.func.count())
             .where(
-                open_in(batch.c.id), child.c.status == Status.RUNNING.value,
+                child.c.status == Status.RUNNING.value, open_in(batch.c.id),  # SQLite takes the first that fits
                 child.c.kind == Kind.CHILD.value,
             )
             .scalar_subquery()
@@ -92,8 +93,10 @@ class Queries(Connected):
         self, batch_id: uuid.UUID, *, statuses: Sequence[str] = (), callbacks: bool = False
     ) -> Iterator[ChildRow]:
         """Children (or callback rows) by position, fetched in pages: memory does not grow with the batch."""
-        kind = child.c.kind != Kind.CHILD.value if callbacks else child.c.kind == Kind.CHILD.value
-        wanted = [child.c.batch_id == batch_id, kind]
+        if callbacks:
+            yield from self.callback_rows(batch_id, statuses)
+            return
+        wanted = [child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value]
         if statuses:
             wanted.append(child.c.status.in_(list(statuses)))
         after = -1
@@ -136,8 +139,14 @@ class Queries(Connected):
                 return
             after = page[-1].position
 
-    def callback_rows(self, batch_id: uuid.UUID) -> list[ChildRow]:
-        return list(self.children(batch_id, callbacks=True))
+    def callback_rows(self, batch_id: uuid.UUID, statuses: Sequence[str] = ()) -> list[ChildRow]:
+        """A batch's callbacks of all rounds, by position."""
+        wanted = [child.c.batch_id == batch_id, is_callback(child)]
+        if statuses:
+            wanted.append(child.c.status.in_(list(statuses)))
+        query = sa.select(*CHILD_COLUMNS).where(*wanted)  # unordered: for its order SQLite would read all the batch
+        with self.read() as connection:
+            return sorted((child_row(row) for row in connection.execute(query)), key=lambda row: row.position)
 
     def incidents(
         self, batch_id: uuid.UUID | None = None, *, outcomes: Sequence[str] = (), crashes_only: bool = False,

@@ -15,7 +15,7 @@ from sqlalchemy.sql.elements import Grouping
 
 from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, OPEN, BatchStatus, Kind, Status, Verdict
 
-from .clock import Identifier, Moment, age, first_item, now
+from .clock import Identifier, Moment, age, bare, first_item, now
 
 metadata = sa.MetaData(
     naming_convention={
@@ -247,7 +247,8 @@ class _OfBatch:
 
     def __call__(self, batch_id: Any) -> sa.ColumnElement[bool]:
         """Of children of this batch (an id, or a column) in that state."""
-        return sa.and_(self._batch == batch_id, *self._states)
+        value = bare(batch_id) if isinstance(batch_id, sa.Column) else batch_id
+        return sa.and_(self._batch == value, *self._states)
 
 
 def _is(*states: Any) -> sa.ColumnElement[bool]:

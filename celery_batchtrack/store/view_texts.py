@@ -41,6 +41,10 @@ class Words:
     def item(self, items: str) -> str:
         return f"json_extract({items}, '$[0]')" if self.sqlite else f"({items} ->> 0)"
 
+    def bare(self, column: str) -> str:
+        """See `clock.bare`."""
+        return f"+{column}" if self.sqlite else column
+
     def least(self, first: str, second: str) -> str:
         return f"min({first}, {second})" if self.sqlite else f"least({first}, {second})"
 
@@ -57,12 +61,12 @@ class Words:
 _COUNTS = ("total", "completed", "failed", "crashed", "cancelled")
 
 
-def _open_children(words: Words, batch_id: str) -> str:
-    """In the words of the index `batchtrack_child_open`."""
-    return (
-        f"(CASE WHEN (c.status IN ('pending', 'running')) THEN c.batch_id END) = {batch_id} "
-        "AND c.status IN ('pending', 'running')"
-    )
+_OPEN_IN = "(CASE WHEN (c.status IN ('pending', 'running')) THEN c.batch_id END)"
+
+
+def _open_children(words: Words, batch_id: str, status: str) -> str:
+    """In the words of the index `batchtrack_child_open`. The state comes first: SQLite takes the first that fits."""
+    return f"c.status = '{status}' AND {_OPEN_IN} = {words.bare(batch_id)} AND c.status IN ('pending', 'running')"
 
 
 def batch_progress(words: Words) -> str:
@@ -99,8 +103,8 @@ FROM (
     SELECT b.id AS batch_id, b.name, b.status, b.reason, b.round, b.tags,
       {counted},
       (SELECT count(*) FROM batchtrack_child c
-        WHERE {_open_children(words, "b.id")}
-          AND c.status = 'running' AND c.kind = 'child') AS running,
+        WHERE {_open_children(words, "b.id", "running")}
+          AND c.kind = 'child') AS running,
       {words.age("b.started_at", f"coalesce(b.finished_at, {words.now})")} AS seconds,
       b.created_at, b.sealed_at, b.started_at, b.finished_at, b.deadline_at, b.paused_at, b.pause_reason,
       b.parent_batch, b.parent_position, b.parent_task, b.parent_task_id, b.description, b.metadata, b.priority
@@ -257,14 +261,15 @@ def _state(words: Words) -> str:
 
 def running(words: Words) -> str:
     return f"""\
-SELECT c.batch_id, b.name AS batch_name, c.position, c.kind, c.task, c.task_id, c.items, c.attempt, c.started_at,
+SELECT {_OPEN_IN} AS batch_id,
+  b.name AS batch_name, c.position, c.kind, c.task, c.task_id, c.items, c.attempt, c.started_at,
   {words.age("c.started_at")} AS running_seconds, c.worker_id, w.name AS worker, w.hostname, w.pid, c.slot,
   w.beat_at, {words.age("w.beat_at")} AS beat_age_seconds,
   {_state(words)} AS worker_state
 FROM batchtrack_child c
 JOIN batchtrack_batch b ON b.id = c.batch_id
 LEFT JOIN batchtrack_worker w ON w.id = c.worker_id
-WHERE c.status = 'running'"""
+WHERE c.status = 'running' AND c.status IN ('pending', 'running')"""
 
 
 def worker_liveness(words: Words) -> str:
@@ -288,15 +293,15 @@ QUIET = 300
 
 
 def stuck_batch(words: Words) -> str:
-    of_batch = _open_children(words, "b.id")
+    runs, waits = (_open_children(words, "b.id", status) for status in ("running", "pending"))
     dead = (
         f"SELECT min(coalesce(w.stopped_at, w.lost_at, w.beat_at)) FROM batchtrack_child c\n"
-        f"      LEFT JOIN batchtrack_worker w ON w.id = c.worker_id\n      WHERE {of_batch} AND c.status = 'running'\n"
+        f"      LEFT JOIN batchtrack_worker w ON w.id = c.worker_id\n      WHERE {runs}\n"
         f"        AND (w.id IS NULL OR w.stopped_at IS NOT NULL OR w.lost_at IS NOT NULL\n"
         f"          OR {words.age('w.beat_at')} > 2 * w.lease)"
     )
     due = (
-        f"SELECT 1 FROM batchtrack_child c WHERE {of_batch} AND c.status = 'pending' AND c.waits_on_batch IS NULL\n"
+        f"SELECT 1 FROM batchtrack_child c WHERE {waits} AND c.waits_on_batch IS NULL\n"
         f"        AND (c.not_before IS NULL OR c.not_before < {words.ago(QUIET)})"
     )
     return f"""\
@@ -332,7 +337,7 @@ FROM (
       EXISTS (SELECT 1 FROM batchtrack_worker w WHERE w.id = b.opened_by
         AND (w.stopped_at IS NOT NULL OR w.lost_at IS NOT NULL)) AS opener_gone,
       ({dead}) AS dead_since,
-      (SELECT count(*) FROM batchtrack_child c WHERE {of_batch} AND c.status = 'running') AS running,
+      (SELECT count(*) FROM batchtrack_child c WHERE {runs}) AS running,
       coalesce((SELECT sum(total - completed - failed - crashed - cancelled) FROM batchtrack_tally t
         WHERE t.batch_id = b.id), 0) AS open,
       b.status = 'running' AND EXISTS ({due}) AS is_due,
@@ -343,8 +348,7 @@ FROM (
     WHERE b.status IN ('open', 'running') OR b.id IN (
       SELECT c.batch_id FROM batchtrack_child c
       WHERE c.kind <> 'child' AND c.status = 'pending' AND c.created_at < {words.ago(QUIET)}
-        AND (CASE WHEN (c.status IN ('pending', 'running')) THEN c.batch_id END) IS NOT NULL
-        AND c.status IN ('pending', 'running'))
+)
   ) p
 ) r
 WHERE reason IS NOT NULL"""

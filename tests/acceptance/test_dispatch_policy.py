@@ -112,7 +112,7 @@ def test_a_queue_is_not_flooded(make: Callable[..., Scene], redis_url: str) -> N
         with scene.worker("--concurrency=2") as worker:
             worker.wait_ready()
             assert batch.wait(90) == "completed"
-    assert watch.most_ready <= 3 * 20, "some may look at the same moment"
+    assert watch.most_ready <= 4 * 20, "two pool processes, the main one and who waits may look at the same moment"
 
 
 def test_a_large_batch_is_sent_by_the_workers(make: Callable[..., Scene], redis_url: str) -> None:
