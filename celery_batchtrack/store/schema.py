@@ -380,7 +380,7 @@ outcome = sa.Table(
     sa.Column("time", Moment, nullable=False),
     sa.Column("task", sa.String(255), nullable=False),
     sa.Column("status", sa.String(16), nullable=False),
-    sa.Column("detail", sa.String(32), nullable=False, server_default=""),
+    sa.Column("detail", sa.String(32), nullable=False),
     sa.Column("bucket", sa.SmallInteger, nullable=False),  # see vocabulary/durations.py
     sa.Column("children", sa.BigInteger, nullable=False),
     sa.Column("items", sa.BigInteger, nullable=False),

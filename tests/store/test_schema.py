@@ -39,7 +39,7 @@ def _comparable(thing: Any, name: str | None, kind: str, *_: Any) -> bool:
     return kind != "index" or name not in {f"batchtrack_child_{each}" for each in _OF_EXPRESSIONS}
 
 
-_OF_EXPRESSIONS = ("open", "undispatched", "on_its_way")
+_OF_EXPRESSIONS = ("open", "undispatched", "on_its_way", "slowest", "item")
 
 
 @pytest.mark.filterwarnings("ignore:.*expression-based index")
@@ -316,7 +316,7 @@ def test_a_database_with_older_tables_is_refused_with_the_way_out(
     store: Store, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert store.store_id
-    monkeypatch.setattr(migrate, "_revisions", lambda: ("9998", {"0001", "0002", "0003", "0004", "9998"}))
+    monkeypatch.setattr(migrate, "_revisions", lambda: ("9998", {"0001", "0002", "0003", "0004", "0005", "9998"}))
     with pytest.raises(errors.SchemaOutdated, match="batchtrack migrate"):
         Store(database_url, auto_migrate=True).store_id
 
@@ -448,7 +448,7 @@ def _without_added(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict
     return {
         table: [{name: value for name, value in row.items() if name not in _ADDED.get(table, ())} for row in found]
         for table, found in rows.items()
-        if table not in ("batchtrack_quarantine", migrate.VERSION_TABLE)
+        if table not in ("batchtrack_quarantine", "batchtrack_outcome", migrate.VERSION_TABLE)
     }
 
 
@@ -467,6 +467,8 @@ def test_rows_of_the_first_schema_are_kept_and_go_on_under_the_present_one(datab
     assert _without_added(after) == _without_added(before)
     for table, names in _ADDED.items():
         assert names == set(after[table][0]) - set(before[table][0]), table
+    counted = {(each.status, each.detail, each.children) for each in store.outcome_totals()}
+    assert counted == {("completed", "", 1), ("crashed", "", 1), ("died", "SIGSEGV", 1)}, "as if counted when they ended"
     scene = Scene(store, worker_id)
     assert scene.violations() == {}
     assert {(row.origin, row.isolated, row.rerouted) for row in scene.rows(batch_id)} == {(None, False, False)}

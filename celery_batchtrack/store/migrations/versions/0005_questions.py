@@ -32,7 +32,7 @@ def upgrade() -> None:
         sa.Column("time", Moment(), nullable=False),
         sa.Column("task", sa.String(255), nullable=False),
         sa.Column("status", sa.String(16), nullable=False),
-        sa.Column("detail", sa.String(32), nullable=False, server_default=""),
+        sa.Column("detail", sa.String(32), nullable=False),
         sa.Column("bucket", sa.SmallInteger(), nullable=False),
         sa.Column("children", sa.BigInteger(), nullable=False),
         sa.Column("items", sa.BigInteger(), nullable=False),
@@ -101,7 +101,7 @@ def _minute(column: str) -> str:
 
 def _ran() -> str:
     if _is_sqlite():
-        return "(julianday(finished_at) - julianday(started_at)) * 86400.0"
+        return "((julianday(finished_at) - julianday(started_at)) * 86400.0)"
     return "CAST(extract(epoch FROM finished_at - started_at) AS double precision)"
 
 
