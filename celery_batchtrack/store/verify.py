@@ -20,7 +20,7 @@ from celery_batchtrack.vocabulary.states import (
 
 from .clock import age
 from .engine import Connected
-from .schema import batch, child, incident, tally, worker
+from .schema import batch, child, incident, outcome, tally, worker
 
 _OPEN = [each.value for each in OPEN]
 _ENDED = [each.value for each in BATCH_ENDED]
@@ -77,6 +77,26 @@ def tally_equals_rows(grace: float) -> sa.Select[Any]:
     differs = sa.or_(*(sa.func.coalesce(rows.c[name], 0) != tally.c[name] for name in names))
     joined = tally.outerjoin(rows, sa.and_(rows.c.batch_id == tally.c.batch_id, rows.c.shard == tally.c.shard))
     return sa.select(_label(tally.c.batch_id, tally.c.shard)).select_from(joined).where(differs)
+
+
+@check
+def what_ended_is_counted(grace: float) -> sa.Select[Any]:
+    """As many ends as there are settled children were counted, or more, where some ended more than once."""
+    ended = [each.value for each in _COUNTED]
+    count = tally.c.completed + tally.c.failed + tally.c.crashed + tally.c.cancelled
+    settled = (
+        sa.select(tally.c.batch_id, sa.func.sum(count).label("n"))
+        .group_by(tally.c.batch_id).subquery()
+    )
+    events = (
+        sa.select(outcome.c.batch_id, sa.func.sum(outcome.c.children).label("n"))
+        .where(outcome.c.status.in_(ended)).group_by(outcome.c.batch_id).subquery()
+    )
+    joined = settled.outerjoin(events, events.c.batch_id == settled.c.batch_id)
+    return (
+        sa.select(_label(settled.c.batch_id)).select_from(joined)
+        .where(sa.func.coalesce(events.c.n, 0) < settled.c.n)
+    )  # fmt: skip
 
 
 @check

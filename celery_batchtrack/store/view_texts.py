@@ -182,7 +182,8 @@ GROUP BY time, batch_id, task"""
 def outcome_per_hour(words: Words) -> str:
     return f"""\
 SELECT time, task, completed, failed, crashed, cancelled,
-  100.0 * crashed / nullif(completed + failed + crashed + cancelled, 0) AS crash_percent, items,
+  CAST(100.0 * crashed / nullif(completed + failed + crashed + cancelled, 0) AS double precision) AS crash_percent,
+  items,
   seconds_total / nullif(ran, 0) AS seconds_avg
 FROM (
   SELECT {words.hour("time")} AS time, task, {_pivot("children")},
@@ -338,8 +339,8 @@ FROM (
         AND (w.stopped_at IS NOT NULL OR w.lost_at IS NOT NULL)) AS opener_gone,
       ({dead}) AS dead_since,
       (SELECT count(*) FROM batchtrack_child c WHERE {runs}) AS running,
-      coalesce((SELECT sum(total - completed - failed - crashed - cancelled) FROM batchtrack_tally t
-        WHERE t.batch_id = b.id), 0) AS open,
+      (SELECT CAST(coalesce(sum(total - completed - failed - crashed - cancelled), 0) AS bigint)
+        FROM batchtrack_tally t WHERE t.batch_id = b.id) AS open,
       b.status = 'running' AND EXISTS ({due}) AS is_due,
       {words.latest("coalesce(b.finished_at, b.started_at, b.created_at)",
                     "coalesce((SELECT max(o.time) FROM batchtrack_outcome o WHERE o.batch_id = b.id), b.created_at)")}

@@ -468,7 +468,7 @@ def test_rows_of_the_first_schema_are_kept_and_go_on_under_the_present_one(datab
     for table, names in _ADDED.items():
         assert names == set(after[table][0]) - set(before[table][0]), table
     counted = {(each.status, each.detail, each.children) for each in store.outcome_totals()}
-    assert counted == {("completed", "", 1), ("crashed", "", 1), ("died", "SIGSEGV", 1)}, "as if counted when they ended"
+    assert counted == {("completed", "", 1), ("crashed", "", 1), ("died", "SIGSEGV", 1)}, "as if counted at their end"
     scene = Scene(store, worker_id)
     assert scene.violations() == {}
     assert {(row.origin, row.isolated, row.rerouted) for row in scene.rows(batch_id)} == {(None, False, False)}

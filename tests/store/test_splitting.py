@@ -771,6 +771,7 @@ def test_a_completed_child_costs_what_it_always_did(scene: Scene, options: dict[
     batch_id = scene.batch([documents("a", "b"), *(documents(f"x{each}") for each in range(3))], options=options)
     scene.split(scene.run(batch_id, 0), *halves("a", "b"), evidence=SEGFAULT)
     scene.complete(scene.run(batch_id, 1))
-    usual = (["BEGIN", "UPDATE"], ["BEGIN", "UPDATE", "UPDATE", "INSERT"]) if scene.store.sqlite else (["UPDATE"], ["WITH"])
+    steps = (["BEGIN", "UPDATE"], ["BEGIN", "UPDATE", "UPDATE", "INSERT"])
+    usual = steps if scene.store.sqlite else (["UPDATE"], ["WITH"])
     assert _cost_of_a_child(scene, batch_id, 2) == usual
     assert _cost_of_a_child(scene, batch_id, 5) == usual, "a part"
