@@ -1,8 +1,9 @@
-"""`python -m tests`: the whole suite in two processes. The tests of one compute, those of the other mostly wait for
-workers. Arguments go to both."""
+"""`python -m tests`: the whole suite in three processes, which share it out between them. One begins with the tests
+that compute, two with those that mostly wait for workers. Arguments go to all."""
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -10,29 +11,39 @@ import tempfile
 from tests.helpers import ROOT
 
 COMPUTING = ("unit", "store", "races", "neighbours", "django", "chaos")
-WAITING = ("integration", "acceptance")
+WAITING = ("acceptance", "integration")
+#: In which order each process takes what the others have not taken.
+ORDERS = (COMPUTING + WAITING, WAITING + COMPUTING[::-1], WAITING[::-1] + COMPUTING[::-1])
 
 
-def command(folders: tuple[str, ...], *more: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", *more, *(f"tests/{folder}" for folder in folders)]
+def command(order: tuple[str, ...], share: str, *more: str) -> list[str]:
+    options = ("-q", "-p", "tests.sharing", f"--share={share}")
+    return [sys.executable, "-m", "pytest", *options, *more, *(f"tests/{folder}" for folder in order)]
 
 
 def main(*more: str) -> int:
     # Not by the shell's `&`: what it starts so ignores SIGINT and SIGQUIT, and all that the tests start with it.
-    print(f"tests of {', '.join(COMPUTING)}; at the same time, shown after them: {', '.join(WAITING)}", flush=True)
-    with tempfile.TemporaryFile("w+") as log:
-        waiting = subprocess.Popen(
-            command(WAITING, "-p", "no:cacheprovider", *more), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-        )
+    print(f"{len(ORDERS)} processes share these tests, and are shown one after another", flush=True)
+    first, *others = ORDERS
+    with contextlib.ExitStack() as stack:
+        share = stack.enter_context(tempfile.TemporaryDirectory(prefix="batchtrack-share-"))
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in others]
+        running = [
+            subprocess.Popen(
+                command(order, share, "-p", "no:cacheprovider", *more), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            )
+            for order, log in zip(others, logs, strict=True)
+        ]
         try:
-            failed = subprocess.run(command(COMPUTING, *more), cwd=ROOT, check=False).returncode
-            failed = waiting.wait() or failed
+            codes = [subprocess.run(command(first, share, *more), cwd=ROOT, check=False).returncode]
+            codes += [each.wait() for each in running]
         finally:
-            waiting.terminate()
-            waiting.wait()
-            log.seek(0)
-            sys.stdout.writelines(log)
-    return failed
+            for each, log in zip(running, logs, strict=True):
+                each.terminate()
+                each.wait()
+                log.seek(0)
+                sys.stdout.writelines(log)
+    return next(filter(None, codes), 0)
 
 
 if __name__ == "__main__":

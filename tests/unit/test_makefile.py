@@ -1,35 +1,78 @@
-"""`make test` runs every test there is, in two halves."""
+"""`make test` runs every test there is, once, in several processes that share them out."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from tests import __main__ as halves
+from tests import __main__ as suite
 from tests.helpers import ROOT
 
 
-def test_every_folder_of_tests_is_in_one_half_of_the_suite() -> None:
+def test_every_process_of_the_suite_knows_every_folder_of_tests() -> None:
     there = {path.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").rglob("test_*.py")}
-    assert sorted(halves.COMPUTING + halves.WAITING) == sorted(there)
+    assert all(sorted(order) == sorted(there) for order in suite.ORDERS)
     assert "python -m tests\n" in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.parametrize("bad", ["", "computing", "waiting"])
-def test_a_failure_in_either_half_fails_the_suite_and_no_signal_is_ignored(
+@pytest.mark.parametrize("bad", ["", "first", "second", "third"])
+def test_a_failure_in_any_process_fails_the_suite_and_no_signal_is_ignored(
     bad: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(halves, "COMPUTING", ("computing",))
-    monkeypatch.setattr(halves, "WAITING", ("waiting",))
+    monkeypatch.setattr(suite, "ORDERS", (("first",), ("second",), ("third",)))
 
-    def stand_in(folders: tuple[str, ...], *more: str) -> list[str]:
-        return ["sh", "-c", f"grep SigIgn /proc/self/status; test {folders[0]} != '{bad}'"]
+    def stand_in(order: tuple[str, ...], share: str, *more: str) -> list[str]:
+        return ["sh", "-c", f"grep SigIgn /proc/self/status; test -d '{share}' && test {order[0]} != '{bad}'"]
 
-    monkeypatch.setattr(halves, "command", stand_in)
-    assert bool(halves.main()) is bool(bad)
+    monkeypatch.setattr(suite, "command", stand_in)
+    assert bool(suite.main()) is bool(bad)
     ignored = [int(line.split()[1], 16) for line in capfd.readouterr().out.splitlines() if "SigIgn" in line]
     ours = int(subprocess.check_output(["grep", "SigIgn", "/proc/self/status"], text=True).split()[1], 16)
     quits = 1 << (signal.SIGQUIT - 1)
-    assert [each & quits for each in ignored] == [ours & quits] * 2
+    assert [each & quits for each in ignored] == [ours & quits] * 3
+
+
+MODULE = """
+import pytest
+from pathlib import Path
+
+def told(line):
+    with (Path(__file__).parents[1] / "told").open("a") as file:
+        file.write(line + "\\n")
+
+@pytest.fixture(scope="module")
+def made():
+    told(f"{__name__} makes")
+    yield
+    told(f"{__name__} clears away")
+
+@pytest.mark.parametrize("at", range(3))
+def test_it(made, at):
+    told(f"{__name__} {at}")
+"""
+
+
+def test_processes_that_share_tests_run_each_file_once_between_them(tmp_path: Path) -> None:
+    folders, share = ("one", "two"), tmp_path / "share"
+    share.mkdir()
+    names = {f"test_{folder}_{at}": tmp_path / "tests" / folder for folder in folders for at in range(6)}
+    for name, folder in names.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.py").write_text(MODULE)
+    runs = [
+        subprocess.Popen(
+            suite.command(order, str(share), "-p", "no:cacheprovider"),
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+        )
+        for order in (folders, folders[::-1])
+    ]  # fmt: skip
+    said = [each.communicate()[0] for each in runs]
+    assert [each.returncode for each in runs] == [0, 0], said
+    told = (tmp_path / "tests" / "told").read_text().splitlines()
+    for name in names:
+        wanted = [f"{name} makes", *(f"{name} {at}" for at in range(3)), f"{name} clears away"]
+        assert [line for line in told if line.split()[0] == name] == wanted
