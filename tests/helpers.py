@@ -47,6 +47,17 @@ def eventually(
     return value
 
 
+def quick_folder(room: int = 2 << 30) -> Path | None:
+    """A folder in memory, if it has that much room and may hold programs: to make a database's files takes a tenth of
+    the time that it takes on a disk. None: temporary files stay where they are."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or not os.access(memory, os.W_OK | os.X_OK):
+        return None
+    found = os.statvfs(memory)
+    enough = found.f_bavail * found.f_frsize >= room
+    return memory if enough and not found.f_flag & os.ST_NOEXEC else None
+
+
 def unique(prefix: str = "batchtrack") -> str:
     """A name that no other test, run or machine uses: lower case, valid as a database or queue name."""
     return f"{prefix}_{uuid.uuid4().hex[:12]}"

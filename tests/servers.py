@@ -23,7 +23,7 @@ from typing import Any, Self, TypeVar
 import psutil
 import pytest
 
-from tests.helpers import GuardedProcess, as_user, eventually, free_port, guardian, running, unique
+from tests.helpers import GuardedProcess, as_user, eventually, free_port, guardian, quick_folder, running, unique
 
 T = TypeVar("T")
 
@@ -129,7 +129,8 @@ class Server:
 
 
 def _fresh_folder(name: str, owner: str | None) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=f"batchtrack-{name}-"))
+    # Where TMPDIR is set, somebody has decided.
+    folder = Path(tempfile.mkdtemp(prefix=f"batchtrack-{name}-", dir=os.environ.get("TMPDIR") or quick_folder()))
     guardian.watch("folder", folder)
     folder.chmod(0o755)
     if owner is not None:

@@ -25,7 +25,7 @@ def test_a_failure_in_any_process_fails_the_suite_and_no_signal_is_ignored(
 ) -> None:
     monkeypatch.setattr(suite, "ORDERS", (("first",), ("second",), ("third",)))
 
-    def stand_in(order: tuple[str, ...], share: str, *more: str) -> list[str]:
+    def stand_in(order: tuple[str, ...], share: Path, *more: str) -> list[str]:
         return ["sh", "-c", f"grep SigIgn /proc/self/status; test -d '{share}' && test {order[0]} != '{bad}'"]
 
     monkeypatch.setattr(suite, "command", stand_in)
@@ -65,7 +65,7 @@ def test_processes_that_share_tests_run_each_file_once_between_them(tmp_path: Pa
         (folder / f"{name}.py").write_text(MODULE)
     runs = [
         subprocess.Popen(
-            suite.command(order, str(share), "-p", "no:cacheprovider"),
+            suite.command(order, share, "-p", "no:cacheprovider"),
             cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
         )
         for order in (folders, folders[::-1])
