@@ -32,9 +32,18 @@ def redis_server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
+def tables() -> None:
+    """Taken by a test or a fixture, so that its database has our tables from the start. So does `store`."""
+
+
+def _with_tables(request: pytest.FixtureRequest) -> bool:
+    return not {"store", "tables"}.isdisjoint(request.fixturenames)
+
+
+@pytest.fixture
 def postgres_url(postgres_server: PostgresServer, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A fresh database: empty, or with our tables where the test takes a `store` on it."""
-    url = postgres_server.create_database(migrated="store" in request.fixturenames)
+    """A fresh database: empty, or with our `tables`."""
+    url = postgres_server.create_database(migrated=_with_tables(request))
     yield url
     postgres_server.drop_database(url)
 
@@ -69,9 +78,9 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sqlite_url(tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    """A file that is not there yet, or has our tables where the test takes a `store` on it."""
+    """A file that is not there yet, or has our `tables`."""
     path = tmp_path / "batchtrack.db"
-    if "store" in request.fixturenames:
+    if _with_tables(request):
         shutil.copy(request.getfixturevalue("migrated_sqlite"), path)
     return f"sqlite:///{path}"
 

@@ -204,6 +204,7 @@ class PostgresServer(Server):
             "unix_socket_directories": self.folder,
             "fsync": "off",
             "full_page_writes": "off",
+            "dynamic_shared_memory_type": "mmap",  # files in its folder: a killed one's stay in /dev/shm else
             "max_connections": 200,
         }
         settings = [part for key, value in options.items() for part in ("-c", f"{key}={value}")]

@@ -14,9 +14,8 @@ from tests.integration.cli_kit import Run, Seeds, Shell, invoke, make_app, shell
 
 
 @pytest.fixture
-def app(database_url: str) -> Iterator[Celery]:
+def app(tables: None, database_url: str) -> Iterator[Celery]:
     app = make_app(database_url)
-    BatchTrack.of(app).migrate()
     yield app
     BatchTrack.of(app).reset()
 

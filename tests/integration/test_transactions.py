@@ -64,13 +64,7 @@ class Shop:
 
 
 @pytest.fixture
-def store(database_url: str) -> str:
-    """Its name gets a migrated database."""
-    return database_url
-
-
-@pytest.fixture
-def shop(store: str, database_url: str) -> Iterator[Shop]:
+def shop(tables: None, database_url: str) -> Iterator[Shop]:
     shop = Shop(database_url)
     yield shop
     shop.batchtrack.reset()

@@ -12,8 +12,8 @@ from tests.store.kit import HERE, Scene
 
 
 @pytest.fixture
-def scene(postgres_url: str) -> Iterator[Scene]:
-    store = Store(postgres_url, auto_migrate=True)
+def scene(tables: None, postgres_url: str) -> Iterator[Scene]:
+    store = Store(postgres_url)
     scene = Scene(store)
     scene.worker(HERE, id=scene.worker_id, name="w1@here", pid=40)
     yield scene

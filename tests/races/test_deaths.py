@@ -27,8 +27,8 @@ CHANCE = {"on_crash": "retry", "max_crashes": 3, "process": True, "worker": True
 
 
 @pytest.fixture
-def scene(database_url: str) -> Iterator[Scene]:
-    scene = Scene(Store(database_url, auto_migrate=True))
+def scene(tables: None, database_url: str) -> Iterator[Scene]:
+    scene = Scene(Store(database_url))
     assert scene.store.store_id
     yield scene
     scene.store.dispose()
