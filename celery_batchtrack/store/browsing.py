@@ -81,8 +81,9 @@ class Browsing(Finding):
             ids, beyond = self._with_child(search)
             query = query.where(sa.or_(*self._known_by(search), batch.c.id.in_(ids)))
         if after is not None:
-            query = query.where(batch.c.created_at <= after[0])  # by the index; the next is exact
-            query = query.where(sa.tuple_(batch.c.created_at, batch.c.id) < sa.tuple_(*after))
+            moment, last = after
+            same = sa.and_(batch.c.created_at == moment, batch.c.id < last)
+            query = query.where(batch.c.created_at <= moment, sa.or_(batch.c.created_at < moment, same))
         query = query.order_by(batch.c.created_at.desc(), batch.c.id.desc()).limit(limit + 1)
         with self.read() as connection:
             found = list(connection.execute(query).scalars())

@@ -167,9 +167,10 @@ class Charting(Connected):
             return {row[0]: row[1] for row in connection.execute(query)}
 
     def failing(self, column: str, since: float, limit: int = 100) -> Mapping[str, int]:
-        """Deaths and failures of the last so many seconds by ``task``, ``signal`` or ``hostname``, most first."""
+        """Deaths and failures of the last so many seconds by ``task``, ``signal`` (or cause) or ``hostname``, most
+        first."""
         each = _failures(None, None, None, None, since).subquery()
-        key = each.c[column]
+        key = sa.func.coalesce(each.c.signal, each.c.cause) if column == "signal" else each.c[column]
         query = (
             sa.select(key, sa.func.count().label("n")).where(key.is_not(None)).group_by(key)
             .order_by(sa.desc("n"), key).limit(limit)

@@ -65,6 +65,11 @@ def a_child_that_vanished(scene: Scene) -> None:
     scene.execute(_delete_rows(scene.batch(3), "child"))
 
 
+@breaks("what_ended_is_counted")
+def an_end_that_was_not_counted(scene: Scene) -> None:
+    scene.execute(sa.delete(schema.outcome).where(schema.outcome.c.batch_id == _ended(scene)))
+
+
 @breaks("window_is_kept")
 def more_children_run_than_their_window_lets_through(scene: Scene) -> None:
     batch_id = scene.batch(3, max_in_flight=1)
