@@ -22,7 +22,7 @@ from celery_batchtrack.vocabulary.states import BATCH_ALIVE, OPEN, BatchStatus, 
 from .clock import age, first_item, now
 from .finding import Finding
 from .rows import CHILD_COLUMNS, child_row
-from .schema import NOT_COMPLETED, ONE_ITEM, batch, child, incident, meta, open_in, tally, worker
+from .schema import HAS_ENDED, NOT_COMPLETED, ONE_ITEM, batch, child, incident, meta, open_in, tally, worker
 
 #: Children that are read through for what no index knows.
 SEARCHED = 50_000
@@ -101,16 +101,17 @@ class Browsing(Finding):
         """Batches with a child that has this item or task id; whether there is more than was looked through."""
         by_index = [
             sa.select(child.c.batch_id).where(first_item(child.c["items"]) == text, ONE_ITEM).limit(500),
-            sa.select(child.c.batch_id).where(child.c.task_id == text).limit(500),
+            sa.select(child.c.batch_id).where(child.c.task_id == text, HAS_ENDED).limit(500),
             sa.select(incident.c.batch_id).where(incident.c.item == text, incident.c.item.is_not(None)).limit(500),
         ]
         with self.read() as connection:
             found = {each for query in by_index for each in connection.execute(query).scalars()}
             newest, beyond = _newest_with(connection, SEARCHED)
-            several = sa.select(child.c.batch_id).where(
-                child.c.batch_id.in_(newest), child.c.item_count > 1, self._has_item(text)
-            )
-            found |= set(connection.execute(several.distinct()).scalars())
+            others = sa.select(child.c.batch_id).where(
+                child.c.batch_id.in_(newest), sa.or_(child.c.item_count > 1, child.c.finished_at.is_(None)),
+                sa.or_(self._has_item(text), child.c.task_id == text),
+            )  # fmt: skip
+            found |= set(connection.execute(others.distinct()).scalars())
         return list(found), beyond
 
     def _has_item(self, text: str) -> sa.ColumnElement[bool]:
@@ -135,7 +136,7 @@ class Browsing(Finding):
             named = sa.select(worker.c.id).where(sa.or_(worker.c.name == worker_name, worker.c.hostname == worker_name))
             wanted.append(child.c.worker_id.in_(named))
         if item is not None:
-            wanted.append(sa.or_(sa.and_(ONE_ITEM, first_item(child.c["items"]) == item), self._has_item(item)))
+            wanted.append(self._has_item(item))
         if worker_name is not None or item is not None or status in (Status.COMPLETED, Status.SPLIT):
             until = after + SEARCHED
             wanted.append(child.c.position <= until)

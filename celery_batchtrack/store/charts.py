@@ -21,7 +21,7 @@ from celery_batchtrack.vocabulary.states import Kind, Status
 from .clock import age, first_item, later
 from .engine import Connected
 from .outcomes import DIED
-from .schema import ONE_ITEM, RAN, SETTLED_CHILD, batch, child, incident, outcome
+from .schema import RAN, SETTLED_CHILD, batch, child, incident, outcome
 
 #: Children that are read one by one; of more, so many are a sample.
 EXACT = 5_000
@@ -188,7 +188,7 @@ def _spread(connection: sa.Connection, batch_id: uuid.UUID) -> list[int]:
 def _failures(
     batch_id: uuid.UUID | None, task: str | None, signal: str | None, host: str | None, since: float | None
 ) -> sa.Select[Any]:
-    own = sa.case((ONE_ITEM, first_item(child.c["items"])))
+    own = sa.case((child.c.item_count == 1, first_item(child.c["items"])))
     item = sa.func.coalesce(incident.c.item, own).label("item")
     names = (
         "id", "batch_id", "position", "fingerprint", *_NEWEST, "hostname", "detected_at", "detected_by",

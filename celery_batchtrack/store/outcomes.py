@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -29,6 +30,8 @@ MERGED = -1
 #: A death, whatever became of its child; `detail` is its signal or cause.
 DIED = "died"
 _KEY = ("batch_id", "shard", "time", "task", "status", "detail", "bucket")
+_OF_MERGED = ("batch_id", "time", "task", "status", "detail", "bucket")
+_COLUMNS = (*_KEY, "children", "items", "seconds", "seconds_max")
 _CHUNK = 200
 _HOURLY_FOR = 90 * 86_400.0
 
@@ -78,8 +81,18 @@ def _added(insert: Any) -> Any:
     )  # fmt: skip
 
 
-def _insert(connection: sa.Connection) -> Any:
-    return (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(outcome)
+@cache
+def _adding(sqlite_: bool, now: bool) -> Any:
+    """Adds rows to what is there, at this minute or at their `time`. Built once: it runs with every settle."""
+    insert = (sqlite if sqlite_ else postgresql).insert(outcome)
+    return _added(insert.values(time=this_minute()) if now else insert)
+
+
+def _add(connection: sa.Connection, rows: list[dict[str, Any]], *, now: bool) -> None:
+    if rows:
+        names = [name for name in _COLUMNS if not (now and name == "time")]
+        values = [{name: row[name] for name in names} for row in rows]
+        connection.execute(_adding(connection.dialect.name == "sqlite", now), values)
 
 
 def count(connection: sa.Connection, batch_id: Any, rows: Iterable[Sequence[Any]], status: Status) -> None:
@@ -89,17 +102,15 @@ def count(connection: sa.Connection, batch_id: Any, rows: Iterable[Sequence[Any]
         if kind == Kind.CHILD:
             ran = max(0.0, seconds) if seconds is not None else None
             sums[shard, task, bucket(ran)].add(1, items, ran or 0.0, ran or 0.0)
-    for shard, task, class_ in sorted(sums):
-        values = {"batch_id": batch_id, "shard": shard, "time": this_minute(), "task": task, "status": status.value}
-        total = sums[shard, task, class_].values()
-        connection.execute(_added(_insert(connection).values(**values, detail="", bucket=class_, **total)))
+    told = {"batch_id": batch_id, "status": status.value, "detail": ""}
+    added = [{**told, "shard": key[0], "task": key[1], "bucket": key[2], **sums[key].values()} for key in sorted(sums)]
+    _add(connection, added, now=True)
 
 
 def count_death(connection: sa.Connection, batch_id: Any, task: str, how: str) -> None:
     """A run died of this signal or cause. Comes before its child's tally shard."""
-    values = {"batch_id": batch_id, "shard": 0, "time": this_minute(), "task": task, "status": DIED}
-    total = _Sum(children=1).values()
-    connection.execute(_added(_insert(connection).values(**values, detail=how[:32], bucket=NEVER_RAN, **total)))
+    told = {"batch_id": batch_id, "shard": 0, "task": task, "status": DIED, "detail": how[:32], "bucket": NEVER_RAN}
+    _add(connection, [{**told, **_Sum(children=1).values()}], now=True)
 
 
 def counted_with(settled: sa.CTE, moved: sa.CTE, target: Status) -> sa.CTE:
@@ -111,8 +122,7 @@ def counted_with(settled: sa.CTE, moved: sa.CTE, target: Status) -> sa.CTE:
         sa.literal_column("''"), sa.case(*classes, else_=len(BOUNDS)), sa.literal_column("1"), settled.c.item_count,
         seconds, seconds,
     ).select_from(settled.join(moved, sa.true()))  # fmt: skip
-    names = [*_KEY, "children", "items", "seconds", "seconds_max"]
-    added: sa.CTE = _added(postgresql.insert(outcome).from_select(names, selected)).cte("counted")
+    added: sa.CTE = _added(postgresql.insert(outcome).from_select(list(_COLUMNS), selected)).cte("counted")
     return added
 
 
@@ -127,17 +137,14 @@ def _whole(moment: datetime, unit: str) -> datetime:
 
 def _gather(connection: sa.Connection, into: uuid.UUID | None, unit: str, *taken: sa.ColumnElement[bool]) -> int:
     """Take rows away and add them to the merged ones of their batch, or of `into`. Who has taken them, has them."""
-    names = [*_KEY, "children", "items", "seconds", "seconds_max"]
-    gone = connection.execute(sa.delete(outcome).where(*taken).returning(*(outcome.c[name] for name in names))).all()
+    gone = connection.execute(sa.delete(outcome).where(*taken).returning(*(outcome.c[name] for name in _COLUMNS))).all()
     sums: dict[tuple[Any, ...], _Sum] = defaultdict(_Sum)
     for row in gone:
         key = (into or row.batch_id, _whole(row.time, unit), row.task, row.status, row.detail, row.bucket)
         sums[key].add(row.children, row.items, row.seconds, row.seconds_max)
-    for key in sorted(sums, key=lambda each: (str(each[0]), *each[1:])):
-        batch_id, time, task, status, detail, class_ = key
-        values = {"batch_id": batch_id, "shard": MERGED, "time": time, "task": task, "status": status}
-        total = sums[key].values()
-        connection.execute(_added(_insert(connection).values(**values, detail=detail, bucket=class_, **total)))
+    keys = sorted(sums, key=lambda each: (str(each[0]), *each[1:]))
+    rows = [dict(zip(_OF_MERGED, key, strict=True), shard=MERGED, **sums[key].values()) for key in keys]
+    _add(connection, rows, now=False)
     return len(gone)
 
 

@@ -280,7 +280,9 @@ _FIRST_ITEM: Any = Grouping(first_item(child.c["items"]))
 SETTLED_CHILD = sa.and_(
     child.c.kind == sa.literal_column("'child'"), child.c.started_at.is_not(None), child.c.finished_at.is_not(None)
 )
-ONE_ITEM = child.c.item_count == sa.literal_column("1")
+#: Only what has ended stands in the indexes by item and task id: before that a row changes too often.
+HAS_ENDED = child.c.finished_at.is_not(None)
+ONE_ITEM = sa.and_(child.c.item_count == sa.literal_column("1"), HAS_ENDED)
 sa.Index(
     "batchtrack_child_slowest", child.c.batch_id, _RAN, postgresql_where=SETTLED_CHILD, sqlite_where=SETTLED_CHILD
 )
@@ -291,7 +293,10 @@ sa.Index(
 sa.Index(
     "batchtrack_child_item", _FIRST_ITEM, postgresql_using="hash", postgresql_where=ONE_ITEM, sqlite_where=ONE_ITEM
 )
-sa.Index("batchtrack_child_task_id", child.c.task_id, postgresql_using="hash")
+sa.Index(
+    "batchtrack_child_task_id", child.c.task_id, postgresql_using="hash", postgresql_where=HAS_ENDED,
+    sqlite_where=HAS_ENDED,
+)  # fmt: skip
 
 tally = sa.Table(
     "batchtrack_tally",

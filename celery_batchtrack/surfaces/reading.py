@@ -53,7 +53,7 @@ def batch_list(
         "chip": chip, "search": search, "batches": listed,
         "next": f"{last['created_at']}~{last['batch_id']}" if last is not None and found.more else None,
         "searched": (
-            "Of children with several items, only those of the newest batches were looked through for an item"
+            "Children that have not ended, or have several items, were looked through in the newest batches only"
             if found.beyond else None
         ),
     }  # fmt: skip

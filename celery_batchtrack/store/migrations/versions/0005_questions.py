@@ -17,6 +17,7 @@ depends_on = None
 
 _OPEN = "status IN ('pending', 'running')"
 _SETTLED = "kind = 'child' AND started_at IS NOT NULL AND finished_at IS NOT NULL"
+_ONE_ITEM = "item_count = 1 AND finished_at IS NOT NULL"
 _KEY = ("batch_id", "shard", "time", "task", "status", "detail", "bucket")
 
 
@@ -49,8 +50,8 @@ def upgrade() -> None:
         "batchtrack_child_unhappy", "batchtrack_child", ["batch_id", "status", "position"],
         "status IN ('failed', 'crashed', 'cancelled')",
     )  # fmt: skip
-    _index("batchtrack_child_item", "batchtrack_child", [sa.text(f"({_first_item()})")], "item_count = 1", "hash")
-    op.create_index("batchtrack_child_task_id", "batchtrack_child", ["task_id"], postgresql_using="hash")
+    _index("batchtrack_child_item", "batchtrack_child", [sa.text(f"({_first_item()})")], _ONE_ITEM, "hash")
+    _index("batchtrack_child_task_id", "batchtrack_child", ["task_id"], "finished_at IS NOT NULL", "hash")
     _index("batchtrack_tally_crashed", "batchtrack_tally", ["batch_id"], "crashed > 0")
     _index("batchtrack_tally_failed", "batchtrack_tally", ["batch_id"], "failed > 0")
     _index("batchtrack_incident_item", "batchtrack_incident", ["item"], "item IS NOT NULL")
