@@ -28,11 +28,10 @@ LONGEST_WAIT = 3600.0
 QUEUE_PAUSE = 0.25
 
 
-def begin(tracker: Tracker, batch_id: uuid.UUID) -> None:
+def begin(tracker: Tracker, batch: BatchRow) -> None:
     """Publish a batch that was sealed just now: here if it is small or goes through a window, else by workers."""
-    batch = tracker.store.batch(batch_id)
-    if batch is None or not (_may_be_large(tracker, batch) and _hand_out(tracker, batch)):
-        pump(tracker, batch_id)
+    if not (_may_be_large(tracker, batch) and _hand_out(tracker, batch)):
+        pump(tracker, batch.id)
 
 
 def _may_be_large(tracker: Tracker, batch: BatchRow) -> bool:
@@ -236,6 +235,7 @@ def _start_nested(tracker: Tracker, taken: Sequence[Outgoing], due: deque[uuid.U
             continue
         if made:
             failpoints.reach("nest.committed")
+            tracker.emit(events.BatchStarted(new.id, new.name, 1, out.child.batch_id))
             ended = ending.conclude(tracker, new.id)  # it may have no children
             due.extend((new.id,) if ended is None else ended.due)
     return failures
@@ -268,6 +268,8 @@ def _settle_unsent(tracker: Tracker, failure: NotSent) -> None:
     row = failure.message.row
     evidence = Evidence(Cause.NOT_SENT, phase="before_claim", message=failure.error)
     settled = tracker.store.settle_unstarted(row.key, row.attempt, Status.FAILED, evidence)
+    if settled.written:
+        tracker.emit(events.ChildSettled(row.key, row.task, Status.FAILED, row.attempt))
     due: list[uuid.UUID] = []
     if settled.look:
         ended = ending.conclude(tracker, row.batch_id)

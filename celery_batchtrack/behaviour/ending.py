@@ -96,15 +96,22 @@ def joined(tracker: Tracker, nested_id: uuid.UUID) -> list[uuid.UUID]:
         if answer is None:
             return []
         if isinstance(answer, _Failed):
-            settled = tracker.store.fail_waiting(waiting.key, nested.id, nested.round, answer.status, answer.evidence)
+            settled = _fail(tracker, waiting, nested, answer)
         else:
             settled = _go_on(tracker, waiting, nested, answer.result)
     except (errors.BatchTrackError, *UNREADABLE) as error:
         if isinstance(error, errors.DatabaseUnavailable):
             raise
         evidence = Evidence(Cause.NOT_SENT, phase="before_claim", message=f"{type(error).__name__}: {error}")
-        settled = tracker.store.fail_waiting(waiting.key, nested.id, nested.round, Status.FAILED, evidence)
+        settled = _fail(tracker, waiting, nested, _Failed(Status.FAILED, evidence))
     return _after_join(tracker, waiting, settled)
+
+
+def _fail(tracker: Tracker, waiting: ChildRow, nested: BatchRow, why: _Failed) -> Settled:
+    settled = tracker.store.fail_waiting(waiting.key, nested.id, nested.round, why.status, why.evidence)
+    if settled.written:
+        tracker.emit(events.ChildSettled(waiting.key, waiting.task, why.status, waiting.attempt))
+    return settled
 
 
 def _after_join(tracker: Tracker, waiting: ChildRow, settled: Settled) -> list[uuid.UUID]:

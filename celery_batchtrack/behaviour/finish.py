@@ -38,6 +38,20 @@ def after(
         dispatch.refill(tracker, key.batch_id, refill)
 
 
+def never_ran(tracker: Tracker, key: ChildKey, attempt: int, status: Status, evidence: Evidence) -> None:
+    """End a child that was not started for this attempt and will not be, with what follows."""
+    settled = tracker.store.settle_unstarted(key, attempt, status, evidence)
+    tell_settled(tracker, key, settled, status)
+    after(tracker, key, settled)
+
+
+def tell_settled(tracker: Tracker, key: ChildKey, settled: Settled, status: Status) -> None:
+    """For those who know no more than the key of what they settled."""
+    row = tracker.store.child(key) if settled.written else None
+    if row is not None:
+        tracker.emit(events.ChildSettled(key, row.task, status, row.attempt))
+
+
 def _publish(tracker: Tracker, due: Iterable[uuid.UUID]) -> None:
     for batch_id in dict.fromkeys(due):
         dispatch.pump(tracker, batch_id)
@@ -63,10 +77,15 @@ def milestones(tracker: Tracker, batch_id: uuid.UUID) -> None:
         dispatch.pump(tracker, batch_id)
 
 
-def started(tracker: Tracker, batch_id: uuid.UUID) -> None:
-    """What follows the seal's commit."""
+def started(tracker: Tracker, batch_id: uuid.UUID, *, anew: bool = True) -> None:
+    """What follows the seal's commit. Not `anew`: it ran already, and has more children now."""
+    row = tracker.store.batch(batch_id)
+    if row is None:
+        return
+    if anew and not row.ended:
+        tracker.emit(events.BatchStarted(batch_id, row.name, row.round, row.parent_batch))
     if look(tracker, batch_id) is None:
-        dispatch.begin(tracker, batch_id)
+        dispatch.begin(tracker, row)
 
 
 def pause(tracker: Tracker, batch_id: uuid.UUID, reason: str = "by hand") -> bool:
@@ -133,4 +152,4 @@ def bury(tracker: Tracker) -> None:
     """End the children whose nested batch somebody has deleted."""
     for row in tracker.store.bereft():
         evidence = Evidence(Cause.NESTED, phase="before_claim", message=f"nested batch {row.waits_on_batch} is gone")
-        after(tracker, row.key, tracker.store.settle_unstarted(row.key, row.attempt, Status.FAILED, evidence))
+        never_ran(tracker, row.key, row.attempt, Status.FAILED, evidence)

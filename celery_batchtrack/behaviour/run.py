@@ -253,8 +253,7 @@ class Runner:
 def expire(tracker: Tracker, ticket: Ticket) -> None:
     """Withdraw a row whose time to start is over."""
     evidence = Evidence(Cause.EXPIRED, phase="before_claim", message="expired before it started")
-    settled = tracker.store.settle_unstarted(ticket.key, ticket.attempt, Status.CANCELLED, evidence)
-    finish.after(tracker, ticket.key, settled)
+    finish.never_ran(tracker, ticket.key, ticket.attempt, Status.CANCELLED, evidence)
 
 
 def deliver_spool(
@@ -270,6 +269,8 @@ def deliver_spool(
         settled = tracker.store.settle(spooled.key, spooled.token, spooled.ending)
         path.unlink(missing_ok=True)
         tracker.emit(events.SpoolDelivered(spooled.key, settled.written))
+        if not (settled.late or settled.overturned):
+            finish.tell_settled(tracker, spooled.key, settled, spooled.ending.status)
         finish.after(tracker, spooled.key, settled)
         delivered += 1
     return delivered

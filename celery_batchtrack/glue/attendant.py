@@ -26,9 +26,9 @@ from celery_batchtrack.behaviour.identity import WorkerIdentity
 from celery_batchtrack.behaviour.memory import KernelKills, Kill, Peaks
 from celery_batchtrack.behaviour.stalls import StallWatch
 from celery_batchtrack.behaviour.tracker import Tracker
+from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import Ticket
-from celery_batchtrack.vocabulary.records import Settled
 from celery_batchtrack.vocabulary.states import Cause, Status
 
 logger = logging.getLogger("celery_batchtrack")
@@ -147,8 +147,7 @@ class Attendant:
 
     def _settle_unstarted(self, ticket: Ticket, status: Status, cause: Cause, message: str) -> None:
         evidence = self._evidence(cause, "before_claim", message)
-        settled = self.tracker.store.settle_unstarted(ticket.key, ticket.attempt, status, evidence)
-        finish.after(self.tracker, ticket.key, settled)
+        finish.never_ran(self.tracker, ticket.key, ticket.attempt, status, evidence)
 
     def gives_way(self, request: Any) -> None:
         """A suspect for which this worker was not free in time: its message goes, its row is sent again later."""
@@ -172,14 +171,15 @@ class Attendant:
 
     def _settle_terminated(self, ticket: Ticket, message: str) -> None:
         row = self.tracker.store.child(ticket.key)
-        settled = Settled(False)
         if row is not None and row.status == Status.RUNNING and row.worker_id == self.worker.id:
             evidence = self._evidence(Cause.TERMINATED, "running", message)
             settled = self.tracker.store.settle_terminated(row, evidence)
+            if settled.written:
+                self.tracker.emit(events.ChildSettled(row.key, row.task, Status.CANCELLED, row.attempt))
+            finish.after(self.tracker, ticket.key, settled)
         elif row is not None and row.status == Status.PENDING:
             evidence = self._evidence(Cause.TERMINATED, "before_claim", message)
-            settled = self.tracker.store.settle_unstarted(ticket.key, ticket.attempt, Status.CANCELLED, evidence)
-        finish.after(self.tracker, ticket.key, settled)
+            finish.never_ran(self.tracker, ticket.key, ticket.attempt, Status.CANCELLED, evidence)
 
     def _evidence(self, cause: Cause, phase: str, message: str) -> Evidence:
         return Evidence(

@@ -310,7 +310,7 @@ class Batch:
             raise
         if not sealed:
             raise errors.BatchStateError(f"batch {self.id} could not start: it was {self.status} meanwhile")
-        starting.send(self._extension, self.id)
+        starting.send(self._extension, self.id, anew=self._more is None or self._more.reopened)
 
     def _cancel_after(self, kind: type[BaseException]) -> None:
         if self._more is not None and not self._more.reopened:

@@ -1,4 +1,4 @@
-"""The subscribers to what behaviour emits: one logs, for someone at 3 a.m.; one sends Celery signals."""
+"""What behaviour emits, told: as log lines, for someone at 3 a.m.; and to the other subscribers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from celery_batchtrack import signals
 from celery_batchtrack.behaviour import fatal
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.states import Cause
+
+from . import announce
 
 logger = logging.getLogger("celery_batchtrack")
 
@@ -65,6 +66,9 @@ _LINES: dict[type, Callable[[Any], tuple[int, str, tuple[Any, ...]]]] = {
     events.LateWrite: lambda e: (
         logging.WARNING, "action=late_write %s reported %s too late; its row was settled otherwise (see its incidents)",
         (e.key, e.status),
+    ),
+    events.BatchStarted: lambda e: (
+        logging.DEBUG, "action=batch_started %s %r in round %d", (e.batch_id, e.name, e.round),
     ),
     events.BatchEnded: lambda e: (
         logging.INFO, "action=batch_ended %s %r %s%s",
@@ -143,31 +147,9 @@ def log(event: events.Event) -> None:
                      event.key, event.evidence.stack)  # fmt: skip
 
 
-def send(app: Any, event: events.Event) -> None:
-    """Celery signals for what applications most often wait for."""
-    if isinstance(event, events.BatchEnded):
-        signals.batch_ended.send(sender=app, batch_id=event.batch_id, name=event.name, status=event.status)
-    elif isinstance(event, events.ChildSettled):
-        if signals.child_settled.receivers:
-            signals.child_settled.send(
-                sender=app, batch_id=event.key.batch_id, position=event.key.position, task=event.task,
-                status=event.status, attempt=event.attempt,
-            )  # fmt: skip
-    elif isinstance(event, events.ChildCrashed):
-        signals.child_crashed.send(
-            sender=app, batch_id=event.key.batch_id, position=event.key.position, task=event.task,
-            attempt=event.attempt, evidence=event.evidence, runs_again=event.runs_again, items=event.items,
-        )  # fmt: skip
-    elif isinstance(event, events.WorkerLost):
-        signals.worker_lost.send(
-            sender=app, worker_id=event.worker_id, name=event.name, hostname=event.hostname, pid=event.pid,
-            detected_by=event.detected_by,
-        )  # fmt: skip
-
-
 def subscriber(app: Any) -> Callable[[events.Event], None]:
     def tell(event: events.Event) -> None:
         log(event)
-        send(app, event)
+        announce.send(app, event)
 
     return tell

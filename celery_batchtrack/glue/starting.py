@@ -50,9 +50,9 @@ def insert(
         )
 
 
-def send(extension: BatchTrack, batch_id: uuid.UUID) -> None:
+def send(extension: BatchTrack, batch_id: uuid.UUID, *, anew: bool = True) -> None:
     """Send a sealed batch's children. The rows are there: what cannot be sent now, a sweep sends."""
     try:
-        finish.started(extension.tracker, batch_id)
+        finish.started(extension.tracker, batch_id, anew=anew)
     except errors.DatabaseUnavailable as error:
         logger.warning("action=start_waits batch %s: %s (a sweep sends its children)", batch_id, error)

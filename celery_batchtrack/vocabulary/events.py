@@ -49,6 +49,16 @@ class LateWrite:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchStarted:
+    """All its children are there, and it is being sent; once in each round."""
+
+    batch_id: uuid.UUID
+    name: str
+    round: int
+    parent_batch: uuid.UUID | None
+
+
+@dataclass(frozen=True, slots=True)
 class BatchEnded:
     batch_id: uuid.UUID
     name: str
@@ -206,5 +216,5 @@ Event = (
     ChildSettled | ChildCrashed | VerdictOverturned | LateWrite | BatchEnded | Redispatched | PublishFailed
     | WorkerLost | ClaimRefused | DatabaseAway | FollowUpFailed | SpoolDelivered | ZombieTerminated | BatchPaused
     | BatchResumed | Quarantined | Withheld | Stalled | BlackBoxMissing | StacksMissing | VerdictFailed
-    | BackendAway | BatchRetried
+    | BackendAway | BatchRetried | BatchStarted
 )  # fmt: skip

@@ -215,7 +215,7 @@ if how == "publishing":
         send(self, *args)
     BrokerPublisher._send = dying
 elif how == "sealed":
-    finish.started = lambda *args: die()
+    finish.started = lambda *args, **options: die()
 elif how != "inside":
     failpoints._armed[how] = die
 with Batch("created", app=app, tolerance="100%") as batch:
