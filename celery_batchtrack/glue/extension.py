@@ -48,6 +48,9 @@ PRUNE_TASK = "celery_batchtrack.prune"
 DETECT_ENTRY = "batchtrack-detect-crashes"
 PRUNE_ENTRY = "batchtrack-prune"
 
+#: Celery imports it in a worker; it lies above this layer.
+METRICS_STEP = "celery_batchtrack.surfaces.metrics_step:MetricsStep"
+
 #: Seconds; longer than any test runs.
 _TESTS_LEASE = 86_400.0
 
@@ -142,6 +145,7 @@ class BatchTrack:
         # "disabled" is what Celery takes where no result backend is configured.
         app.loader.override_backends["disabled"] = f"{TablesBackend.__module__}:{TablesBackend.__name__}"
         app.steps["worker"].add(worker.AttendanceStep)
+        app.steps["worker"].add(METRICS_STEP)
         app.steps["consumer"].add(worker.UndecodableStep)
         app.steps["consumer"].add(worker.LoopStep)
         worker.connect(self)

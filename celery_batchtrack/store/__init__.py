@@ -8,6 +8,7 @@ from .browsing import Browsing
 from .charts import Charting
 from .children import ChildWrites, SlotTaken
 from .dispatching import Dispatching
+from .figures import Figuring
 from .nesting import WITH_PARENT, Nesting
 from .outcomes import Outcomes, OutcomeTotal
 from .owners import Owning
@@ -23,7 +24,7 @@ from .workers import WorkerWrites
 
 class Store(
     Rounds, Nesting, Owning, ChildWrites, Splitting, Quarantining, Pausing, WorkerWrites, Dispatching, Queries,
-    Browsing, Charting, Pruning, Verifying, Outcomes, Viewing,
+    Browsing, Charting, Figuring, Pruning, Verifying, Outcomes, Viewing,
 ):  # fmt: skip
     """Everything the tracking database is asked, by topic."""
 

@@ -68,6 +68,13 @@ def _optional_count(value: Any) -> int | None:
     return None if value is None or value == "" else _count(value)
 
 
+def _optional_port(value: Any) -> int | None:
+    number = _optional_count(value)
+    if number is not None and number > 65_535:
+        raise ValueError(f"must be a port from 1 to 65535, not {value!r}")
+    return number
+
+
 def _boolean(value: Any) -> bool:
     if isinstance(value, str):
         lowered = value.strip().lower()
@@ -246,6 +253,15 @@ class Settings:
         "columns by name",
         "the application's own tables that `owner=` may name, as `{'upload': 'shop_upload.id'}`: deleting the row "
         "deletes its batches; `batchtrack migrate` makes the columns",
+    )
+    metrics_port: int | None = _setting(
+        None,
+        _optional_port,
+        "port",
+        "a worker's main process serves metrics for Prometheus here, at `/metrics`; by default it does not",
+    )
+    metrics_address: str = _setting(
+        "0.0.0.0", str, "address", "of the interface on which `batchtrack_metrics_port` listens; by default all"
     )
     blackbox_dir: str | None = _setting(
         None,

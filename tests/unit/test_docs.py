@@ -20,11 +20,14 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+import yaml
 
 from celery_batchtrack.behaviour.identity import WorkerIdentity
 from celery_batchtrack.store import Store
 from celery_batchtrack.store.schema import metadata
 from celery_batchtrack.store.verify import CHECKS
+from celery_batchtrack.store.views import VIEWS
+from celery_batchtrack.surfaces import figures
 from celery_batchtrack.vocabulary.crash_policy import CrashPolicy, Death, RowPolicy, judge
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
@@ -129,8 +132,26 @@ def checks() -> str:
     return "\n".join(f"- `{name}`" for name in CHECKS)
 
 
+def metrics() -> str:
+    lines = ["| metric | kind | labels | |", "|---|---|---|---|"]
+    for each in figures.ALL:
+        labels = ", ".join(f"`{label}`" for label in each.labels)
+        lines.append(f"| `{figures.PREFIX}{each.name}` | {each.kind} | {labels} | {each.help} |")
+    return "\n".join(lines)
+
+
+def alerts() -> str:
+    lines = ["| alert | severity | means | what to do |", "|---|---|---|---|"]
+    for rule in yaml.safe_load((ROOT / "docs/monitoring/alerts.yml").read_text())["groups"][0]["rules"]:
+        told = rule["annotations"]
+        lines.append(
+            f"| `{rule['alert']}` | {rule['labels']['severity']} | {told['description']} | {told['runbook']} |"
+        )
+    return "\n".join(lines)
+
+
 GENERATED: dict[str, Callable[[], str]] = {
-    each.__name__: each for each in (child_states, batch_states, as_acks, checks)
+    each.__name__: each for each in (child_states, batch_states, as_acks, checks, metrics, alerts)
 } | {"settings": settings_table}
 
 _GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
@@ -389,7 +410,7 @@ def test_every_log_action_is_explained() -> None:
 
 def test_every_setting_that_is_named_exists() -> None:
     known = {PREFIX + each for each in Settings.names()}
-    tables = {*metadata.tables, "batchtrack_alembic_version"}
+    tables = {*metadata.tables, "batchtrack_alembic_version", *(each.relation for each in VIEWS.values())}
     for name in re.findall(r"\b(?:CELERY_)?(BATCHTRACK_[A-Z]\w*|batchtrack_[a-z]\w*)\b", everything()):
         assert name.lower() in known | tables, f"{name} is no setting"
 
