@@ -131,7 +131,7 @@ def _tell(
     tracker.emit(
         events.ChildCrashed(
             row.key, row.task, attempt, evidence, judgement.runs_again, tuple(row.items), settled.successors,
-            isolated=judgement.isolated and judgement.runs_again,
+            isolated=judgement.isolated and judgement.runs_again, started_at=row.started_at,
         )
     )  # fmt: skip
     if settled.quarantined:

@@ -39,6 +39,7 @@ from .embedded import alias
 from .isolation import Gate, IsolatedQueues, send_back
 from .publish import DISPATCH_TASK, AppPublisher
 from .request import TrackedRequest
+from .spans import Spans
 from .tracked_task import track
 
 logger = logging.getLogger("celery_batchtrack")
@@ -103,6 +104,7 @@ class BatchTrack:
         self.app = app
         self.replace_celery_chord = replace_celery_chord
         self.captures = Captures(app, capture)
+        self.spans = Spans(self)
         self.attendant: Attendant | None = None
         self._lock = threading.RLock()
         self._settings: Settings | None = None

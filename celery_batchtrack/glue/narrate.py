@@ -151,5 +151,6 @@ def subscriber(app: Any) -> Callable[[events.Event], None]:
     def tell(event: events.Event) -> None:
         log(event)
         announce.send(app, event)
+        app.batchtrack.spans.hear(event)
 
     return tell

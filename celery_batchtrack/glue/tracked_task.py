@@ -229,6 +229,7 @@ def _tracked(task: Any, parent: Any, ticket: Ticket, args: Any, kwargs: Any) -> 
     try:
         try:
             try:
+                extension.spans.mark(run, task.request)
                 result = _call_through(parent, task, *_bound(task, ticket, args, kwargs))
             finally:
                 current.ended = True

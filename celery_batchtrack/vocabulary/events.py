@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from datetime import datetime
 
 from .evidence import Evidence
 from .ids import ChildKey
@@ -32,6 +33,8 @@ class ChildCrashed:
     successors: int = 0
     #: Its next attempt runs alone.
     isolated: bool = False
+    #: When this attempt began; None: it was not claimed yet.
+    started_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

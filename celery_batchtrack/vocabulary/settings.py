@@ -263,6 +263,12 @@ class Settings:
     metrics_address: str = _setting(
         "0.0.0.0", str, "address", "of the interface on which `batchtrack_metrics_port` listens; by default all"
     )
+    otel: bool = _setting(
+        True,
+        _boolean,
+        "boolean",
+        "where the application has loaded OpenTelemetry: spans of batches and deaths, attributes of children's spans",
+    )
     blackbox_dir: str | None = _setting(
         None,
         _optional_text,

@@ -27,7 +27,7 @@ def configured(app: Celery) -> Any:
 def unsent() -> Iterator[None]:
     """As if the creator died before it sent anything."""
     send = starting.send
-    starting.send = lambda *_: None
+    starting.send = lambda *_, **__: None
     try:
         yield
     finally:

@@ -15,6 +15,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from celery_batchtrack import Batch, BatchTrack
+from celery_batchtrack.behaviour import hosts
+from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
+from celery_batchtrack.vocabulary.records import NewWorker
 from tests.neighbours.apps.kit import configured, filled, main, swept
 
 app = configured(Celery("traced", set_as_current=False))
@@ -40,6 +43,8 @@ def see(self: Task, name: str) -> dict[str, Any]:
         "span": here.name,
         "parent": f"{here.parent.span_id:016x}",
         "customer": baggage.get_baggage("customer"),
+        "batchtrack": {name: value for name, value in here.attributes.items() if name.startswith("batchtrack.")},
+        "links": [f"{each.context.span_id:016x}" for each in here.links],
     }
 
 
@@ -93,6 +98,38 @@ def ordinary() -> dict[str, Any]:
     return {"batch": str(batch.id), "traces": found, "below": [each == web.context.span_id for each in parents]}
 
 
+def told() -> dict[str, Any]:
+    """A child dies with a worker that is gone, and its batch is cancelled, both noticed in somebody else's trace."""
+    found: dict[str, Any] = {}
+    store = app.batchtrack.store
+    with request("one", found):
+        batch = Batch.create("told", [see.si("a"), see.si("b")], app=app, queue="nobodys")
+        key = ChildKey(batch.id, 0)
+    gone = NewWorker(uuid7(), "worker", "w9@here", hosts.identity(), 2**22 + 1, 1, "prefork", 60.0, "0")
+    store.register(gone)
+    store.claim(key, 0, new_token(), gone.id, "4194305:1:1:0")
+    spans.clear()
+    with request("other", found):
+        app.batchtrack.sweep()
+        batch.cancel()
+    kept = [each for each in spans.get_finished_spans() if each.name in ("crash/traced.see", "batch/told")]
+    return {"batch": str(batch.id), "traces": found, "spans": [shown(each) for each in kept]}
+
+
+def shown(span: Any) -> dict[str, Any]:
+    return {
+        "name": span.name, "trace": f"{span.context.trace_id:032x}", "parent": f"{span.parent.span_id:016x}",
+        "attributes": dict(span.attributes), "status": span.status.status_code.name,
+        "events": {each.name: dict(each.attributes) for each in span.events}, "forwards": span.start_time <= span.end_time,
+    }  # fmt: skip
+
+
+def silent() -> dict[str, Any]:
+    app.conf.batchtrack_otel = False
+    app.batchtrack.reset()
+    return told()
+
+
 if __name__ == "__main__":
     instrument()
-    main(create=create, unswept=unswept, untraced=untraced, ordinary=ordinary)
+    main(create=create, unswept=unswept, untraced=untraced, ordinary=ordinary, told=told, silent=silent)
