@@ -224,6 +224,17 @@ def register(
         return made
 
 
+def unregister(registry: CollectorRegistry | None = None) -> None:
+    """Take them out again, and read nothing any more. Idempotent."""
+    registry = registry if registry is not None else _prometheus().REGISTRY
+    with _registering:
+        _, made = _registered.pop(registry, (None, None))
+        if made is not None:
+            registry.unregister(made)
+            for each in made.snapshots:
+                each.stop()
+
+
 class Endpoint:
     """``/metrics`` on a port, of one app, in a thread. Raises OSError if the port is taken."""
 
@@ -235,13 +246,13 @@ class Endpoint:
         self._server, self._thread = client.start_http_server(port, address, registry)
         self.port: int = self._server.server_port
         os.register_at_fork(after_in_child=self._server.socket.close)  # a pool process that outlives us keeps no port
-        self._snapshots = register(extension, registry, invariants=invariants, every=every).snapshots
+        self._registry = registry
+        register(extension, registry, invariants=invariants, every=every)
 
     def close(self) -> None:
-        for each in self._snapshots:
-            each.stop()
+        unregister(self._registry)
         self._server.shutdown()
         self._server.server_close()
 
 
-__all__ = ["Endpoint", "Snapshot", "collector", "families", "register", "snapshots_of", "text"]
+__all__ = ["Endpoint", "Snapshot", "collector", "families", "register", "snapshots_of", "text", "unregister"]

@@ -165,8 +165,9 @@ def test_a_locked_table_keeps_no_scrape_waiting(postgres_url: str) -> None:
         connection.execute(sa.text("LOCK TABLE batchtrack_batch IN ACCESS EXCLUSIVE MODE"))
         eventually(lambda: up() == 0)
     eventually(lambda: up() == 1)
-    for each in made.snapshots:
-        each.stop()
+    metrics.unregister(registry)
+    metrics.unregister(registry)
+    assert up() is None
     other.dispose()
     extension.reset()
 

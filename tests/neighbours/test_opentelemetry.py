@@ -19,7 +19,8 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neighbour]:
 
 @pytest.fixture(scope="module")
 def scripts(traced: Neighbour) -> Made:
-    return traced.scripts(create=[], untraced=[], ordinary=[], told=[], silent=[], unswept=[])  # a sweep of the others would send it
+    # The last one is for the test to send; a sweep of the others would do it.
+    return traced.scripts(create=[], untraced=[], ordinary=[], told=[], silent=[], unswept=[])
 
 
 def test_children_belong_to_their_creators_trace_whoever_publishes_them(traced: Neighbour, scripts: Made) -> None:

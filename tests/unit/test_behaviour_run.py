@@ -388,6 +388,8 @@ def test_an_end_is_delivered_once_and_its_file_goes(
     _dies_while_the_database_is_away(path, bench, bench.claim(message))
     assert deliver_spool(tracker, bench.boxes) == 1
     assert deliver_spool(tracker, bench.boxes) == 0
+    (end,) = tracker.of(events.ChildSettled)
+    assert (end.key, end.status, end.attempt) == (message.row.key, Status.COMPLETED, 1), "and told of"
     assert add_up(scene, message.row.batch_id)
 
 

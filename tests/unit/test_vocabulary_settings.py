@@ -47,6 +47,7 @@ def test_settings_do_not_change() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("metrics_port", 65_536), ("metrics_port", 0),
         ("heartbeat", 0), ("heartbeat", -1), ("heartbeat", "soon"), ("lease", None), ("detect_every", 0),
         ("claim_timeout", -1), ("shards", 0), ("shards", 1.5), ("shards", True), ("shards", "many"), ("max_crashes", 0),
         ("enabled", "maybe"), ("enabled", 2), ("engine_options", []), ("retention", {"failed": 1}),
@@ -62,7 +63,8 @@ def test_a_wrong_value_is_refused_by_the_name_the_user_gave(name: str, value: An
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
-        ("enabled", "off", False), ("enabled", "Yes", True), ("enabled", 0, False), ("shards", "4", 4),
+        ("enabled", "off", False), ("enabled", "Yes", True), ("metrics_port", "9808", 9808),
+        ("enabled", 0, False), ("shards", "4", 4),
         ("auto_migrate", None, None), ("auto_migrate", "true", True), ("database_url", "", None),
         ("retention", "30d", {"completed": 30 * 86400.0, "other": 30 * 86400.0}),
         ("retention", {"other": "1d"}, {"completed": 7 * 86400.0, "other": 86400.0}),

@@ -120,7 +120,8 @@ def shown(span: Any) -> dict[str, Any]:
     return {
         "name": span.name, "trace": f"{span.context.trace_id:032x}", "parent": f"{span.parent.span_id:016x}",
         "attributes": dict(span.attributes), "status": span.status.status_code.name,
-        "events": {each.name: dict(each.attributes) for each in span.events}, "forwards": span.start_time <= span.end_time,
+        "events": {each.name: dict(each.attributes) for each in span.events},
+        "forwards": span.start_time <= span.end_time,
     }  # fmt: skip
 
 
