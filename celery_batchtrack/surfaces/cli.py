@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from celery_batchtrack import errors
-from celery_batchtrack.surfaces import crash_cli, jsonio, life_cli, pages, views
+from celery_batchtrack.surfaces import crash_cli, jsonio, life_cli, pages, views, watch_cli
 from celery_batchtrack.surfaces.console import (
     acting,
     age,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from celery_batchtrack.behaviour.detector import Sweep
     from celery_batchtrack.glue.extension import BatchTrack
 
-__all__ = ["batchtrack", "crash_cli", "life_cli"]
+__all__ = ["batchtrack", "crash_cli", "life_cli", "watch_cli"]
 
 
 # -- looking --------------------------------------------------------------------------------------
@@ -45,17 +45,18 @@ __all__ = ["batchtrack", "crash_cli", "life_cli"]
 @click.option("--tag", "tags", multiple=True, callback=storables, help="Only batches with this tag; may be repeated.")
 @click.option("--meta", multiple=True, callback=metadata, metavar="KEY=VALUE", help="Only with this in their metadata.")
 @click.option("--parent", help="Only batches nested in this one.")
+@click.option("--since", **DURATION, help="Only those created in the last 24h, 7d, …")
 @click.option("-n", "--limit", type=click.IntRange(1, 1_000_000), default=50, show_default=True)
 @as_json
 def list_(
     ctx: click.Context, statuses: tuple[str, ...], name: str | None, tags: tuple[str, ...], meta: dict[str, object],
-    parent: str | None, limit: int, as_json: bool,
+    parent: str | None, since: float | None, limit: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Batches, newest first."""
     store = store_of(ctx)
     ids = store.list_batches(
         statuses=statuses, name=name, tags=tags, metadata=meta, limit=limit,
-        parent=None if parent is None else store.resolve(parent),
+        parent=None if parent is None else store.resolve(parent), since=since,
     )  # fmt: skip
     found = views.batches(store, ids)
     if as_json:
