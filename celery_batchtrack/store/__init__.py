@@ -6,6 +6,7 @@ from .borrowed import Borrowed, Lend
 from .breaker import Pausing
 from .browsing import Browsing
 from .charts import Charting
+from .checkup import CheckingUp
 from .children import ChildWrites, SlotTaken
 from .dispatching import Dispatching
 from .nesting import WITH_PARENT, Nesting
@@ -23,7 +24,7 @@ from .workers import WorkerWrites
 
 class Store(
     Rounds, Nesting, Owning, ChildWrites, Splitting, Quarantining, Pausing, WorkerWrites, Dispatching, Queries,
-    Browsing, Charting, Pruning, Verifying, Outcomes, Viewing,
+    Browsing, Charting, Pruning, Verifying, Outcomes, Viewing, CheckingUp,
 ):  # fmt: skip
     """Everything the tracking database is asked, by topic."""
 
