@@ -115,6 +115,6 @@ def _kept_too_long(retention: Mapping[str, float]) -> sa.Select[Any]:
         else_=float(retention["other"]),
     )
     ended = age(batch.c.finished_at)
-    return sa.select(sa.func.count(), sa.func.max(ended)).where(
-        batch.c.finished_at.is_not(None), batch.c.parent_batch.is_(None), ended > seconds + _PRUNED_WITHIN
-    )
+    columns: tuple[Any, ...] = (sa.func.count(), sa.func.max(ended))
+    over = ended > seconds + _PRUNED_WITHIN
+    return sa.select(*columns).where(batch.c.finished_at.is_not(None), batch.c.parent_batch.is_(None), over)
