@@ -60,8 +60,8 @@ def watch(
         raise click.UsageError(f"--every must be at least {_FASTEST:g} s: each look is a query", ctx)
     watched = Watch(store_of(ctx), ids)
     until = None if timeout is None else time.monotonic() + timeout
-    watched.begin()
     try:
+        watched.begin()
         with _terminated_by(signal.SIGTERM), _view(ctx, as_json) as view:
             over = _follow(watched, view, every, until)
     except KeyboardInterrupt:
@@ -76,27 +76,25 @@ def watch(
 
 
 def _follow(watched: Watch, view: _View, every: float, until: float | None) -> bool:
-    """Look again and again; False if time ran out first."""
+    """Look again and again; False if time ran out first. A database that is away at the first look is an error."""
+    view.show(watched, *watched.look())
     away: float | None = None
-    while True:
-        looked = True
+    while away is not None or not watched.over:
+        left = every if until is None else min(every, until - time.monotonic())
+        if left <= 0:
+            return False
+        time.sleep(left)
         try:
             changed, crashes = watched.look()
         except errors.DatabaseUnavailable as error:
             away = away or time.monotonic()
             view.away(watched, error, time.monotonic() - away)
-            looked = False
-        else:
-            if away is not None:
-                view.back(watched, time.monotonic() - away)
-                away = None
-            view.show(watched, changed, crashes)
-        if looked and watched.over:
-            return True
-        left = every if until is None else min(every, until - time.monotonic())
-        if left <= 0:
-            return False
-        time.sleep(left)
+            continue
+        if away is not None:
+            view.back(watched, time.monotonic() - away)
+            away = None
+        view.show(watched, changed, crashes)
+    return True
 
 
 @contextlib.contextmanager

@@ -50,6 +50,13 @@ def one(said: dict[str, list[dict[str, Any]]], check: str, level: str) -> str:
     return str(message)
 
 
+def all_answered(app: Celery) -> dict[str, list[dict[str, Any]]] | None:
+    """What doctor says, unless a worker was too busy with its start."""
+    said = found(app, "--timeout", "5s", code=1)
+    told = [each["message"] for each in (*said["workers"], *said.get("store", ()))]
+    return said if sum("all answer" in each or "worker" in each for each in told) == 3 else None
+
+
 @pytest.fixture
 def shop(postgres_url: str, redis_url: str) -> Iterator[Celery]:
     app = make_app(postgres_url, broker_url=redis_url, batchtrack_heartbeat=0.5, task_acks_late=True)
@@ -60,7 +67,7 @@ def shop(postgres_url: str, redis_url: str) -> Iterator[Celery]:
     def ocr() -> None:
         pass
 
-    @app.task(name="shop.scan", shared=False, reject_on_worker_lost=True)
+    @app.task(name="shop.scan", shared=False, queue="scans", reject_on_worker_lost=True)
     def scan() -> None:
         pass
 
@@ -91,7 +98,7 @@ def test_doctor_finds_what_is_wrong_with_workers_database_and_broker(
             each.wait_ready()
         store = BatchTrack.of(shop).store
         eventually(lambda: len(store.live_workers()) == 2)
-        said = found(shop, "--timeout", "5s", code=1)
+        said = eventually(lambda: all_answered(shop), 60, what="answers from all four")
     finally:
         for each in workers:
             each.stop()
@@ -109,13 +116,15 @@ def test_doctor_finds_what_is_wrong_with_workers_database_and_broker(
     assert wrong[1].startswith(f"worker other{host} uses another batchtrack database (sqlite:///{tmp_path}/other.db")
     assert len(wrong) == 2
     assert one(said, "black box", "fail").startswith(f"worker solo{host} has no folder to write in")
+    again = "its message comes again while it runs, and outside a batch it runs twice"
     limits = [each["message"] for each in said["visibility"]]
-    assert limits[0] == f"redis visibility_timeout 3600 s < time_limit 9000 s of tasks on ours{host}: it runs twice"
-    assert limits[1] == "redis visibility_timeout 3600 s < time_limit 7200 s of shop.ocr: it runs twice"
+    assert limits[0] == f"redis visibility_timeout 3600 s < time_limit 9000 s of tasks on ours{host}: {again}"
+    assert limits[1] == f"redis visibility_timeout 3600 s < time_limit 7200 s of shop.ocr: {again}"
     assert "without a cap: shop.scan." in one(said, "redelivery", "warn")
     assert one(said, "broker", "ok").startswith("redis at redis://")
     assert one(said, "detector", "ok").startswith("its queue is celery, the work's too")
     assert one(said, "clock", "ok")
+    assert one(said, "queues", "warn").startswith("no worker consumes scans, where shop.scan would wait")
 
 
 def test_doctor_says_of_a_database_what_is_in_it(seeds: Seeds, text: Run, app: Celery) -> None:

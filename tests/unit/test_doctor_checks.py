@@ -37,6 +37,7 @@ def reply(name: str = "w1@web-1", **told: Any) -> Reply:
         "installed": True, "takes_part": True, "version": "1.0", "store_id": STORE, "database": "postgresql://db/shop",
         "settings": dict(HERE), "untracked": [], "worker_id": str(uuid.uuid5(uuid.NAMESPACE_DNS, name)),
         "hostname": "web-1", "boot_id": "boot-1", "pool": "prefork", "processes": 8, "blackbox": "/dev/shm/x",
+        "queues": ["celery"],
     }  # fmt: skip
     return Reply(name, {**values, **told})
 
@@ -106,7 +107,7 @@ BROKEN: list[tuple[str, Facts, str, str]] = [
     ("fail", broker(error="Connection refused"), "broker", "redis://b/0 does not answer: Connection refused"),
     ("warn", broker(queues={"celery": None}), "broker", "does not tell how long its queues are (celery)"),
     ("fail", task(time_limit=7200.0), "visibility",
-     "redis visibility_timeout 3600 s < time_limit 7200 s of shop.ocr: it runs twice"),
+     "redis visibility_timeout 3600 s < time_limit 7200 s of shop.ocr: its message comes again"),
     ("fail", replies(time_limit=7200), "visibility", "< time_limit 7200 s of tasks on w1@web-1"),
     ("fail", tables(longest_wait=86_400.0), "visibility", "< countdown 24h of a child that waits now"),
     ("fail", task(retry_delay=7200.0), "visibility", "of shop.ocr (default_retry_delay)"),
@@ -142,6 +143,9 @@ BROKEN: list[tuple[str, Facts, str, str]] = [
     ("fail", replace(GOOD, replies=[reply(), Reply("old@web-1", error="KeyError('batchtrack')")]), "store", "old@web"),
     ("fail", replies(trouble="batchtrack_database_url is not set"), "store", "w1@web-1: batchtrack_database_url"),
     ("fail", replies(takes_part=False), "store", "does not take part"),
+    ("fail", replies(store_id=None), "store", "has not reached its tracking database (postgresql://db/shop)"),
+    ("warn", task(queue="ocr"), "queues", "no worker consumes ocr, where shop.ocr would wait"),
+    ("warn", replace(GOOD, detector_queue="ops"), "queues", "no worker consumes ops, where the detector's messages go"),
     ("warn", replies(version="0.9"), "version", "runs celery-batchtrack 0.9, here is 1.0"),
     ("warn", replies(settings={**HERE, "lease": 30.0}), "settings",
      "batchtrack_lease is 30.0 on worker w1@web-1, and 15.0 here"),

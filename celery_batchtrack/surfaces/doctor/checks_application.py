@@ -111,7 +111,10 @@ def visibility(facts: Facts) -> Iterator[Finding]:
     for each, limit in _limits(facts):
         if limit > timeout:
             bad = True
-            yield fail("visibility", f"{name} {timeout:g} s < time_limit {limit:g} s of {each}: it runs twice", advice)
+            yield fail(
+                "visibility", f"{name} {timeout:g} s < time_limit {limit:g} s of {each}: its message comes again while "
+                "it runs, and outside a batch it runs twice", advice,
+            )  # fmt: skip
     longest, whose = _longest_countdown(facts)
     if longest > timeout:
         bad = True

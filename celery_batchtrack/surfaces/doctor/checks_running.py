@@ -248,6 +248,38 @@ def stores(facts: Facts) -> Iterator[Finding]:
                 "store", f"worker {each.name} does not take part ({facts.spelt('enabled')} is off there, without a "
                 "database)", f"set {facts.spelt('database_url')} there",
             )  # fmt: skip
+        elif each.told.get("store_id") is None:
+            yield fail(
+                "store", f"worker {each.name} has not reached its tracking database ({each.told.get('database')}): "
+                "children that it takes wait", "its log says why: action=unregistered",
+            )  # fmt: skip
+
+
+def queues(facts: Facts) -> Iterator[Finding]:
+    """Queues in which messages would wait for ever. Only those who answer are known to listen."""
+    replies = [each for each in facts.replies or () if each.told.get("queues")]
+    _, tables = _connected(facts)
+    silent = {row.name for row in (tables.workers if tables else ()) if row.kind == "worker"}
+    if not replies or silent - {each.name for each in replies}:
+        return
+    consumed = {queue for each in replies for queue in each.told["queues"]}
+    by_queue: dict[str, list[str]] = {}
+    for task in facts.tasks:
+        if task.queue is not None and task.queue not in consumed:
+            by_queue.setdefault(task.queue, []).append(task.name)
+    for queue, names in by_queue.items():
+        yield warn(
+            "queues", f"no worker consumes {queue}, where {some(names)} would wait",
+            f"start one for it: celery -A <app> worker -Q {queue}; or mend task_routes",
+        )  # fmt: skip
+    if facts.detector_queue is not None and facts.detector_queue not in consumed:
+        yield warn(
+            "queues", f"no worker consumes {facts.detector_queue}, where the detector's messages go: only sweeps that "
+            "workers make by themselves are made",
+            f"start one for it: celery -A <app> worker -Q {facts.detector_queue}",
+        )  # fmt: skip
+    if not by_queue and facts.detector_queue in consumed:
+        yield ok("queues", f"every queue that tasks go to is consumed: {some(sorted(consumed))}")
 
 
 def unwrapped(facts: Facts) -> Iterator[Finding]:
@@ -325,6 +357,6 @@ def clocks(facts: Facts) -> Iterator[Finding]:
 
 
 CHECKS = (
-    database, schema, connections, pooler, one_file, retention, sweeps, beat, workers, pools, stores, unwrapped,
+    database, schema, connections, pooler, one_file, retention, sweeps, beat, workers, pools, stores, queues, unwrapped,
     agreement, black_boxes, clocks,
 )  # fmt: skip
