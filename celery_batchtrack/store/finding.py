@@ -73,14 +73,17 @@ class Finding(Connected):
         with self.read() as connection:
             return list(connection.execute(query).scalars())
 
-    def unsettled(self, limit: int = 1000) -> list[uuid.UUID]:
-        """Batches that have not ended, or of which a callback is still open; oldest first."""
+    def unsettled(self, limit: int = 1000, *, roots: bool = False) -> list[uuid.UUID]:
+        """Batches that have not ended, or of which a callback is still open; oldest first. `roots`: nested in no
+        other."""
         open_callback = sa.exists().where(
             child.c.batch_id == batch.c.id, is_callback(child), child.c.round == batch.c.round,
             child.c.status.in_([each.value for each in OPEN]),
         )  # fmt: skip
         alive = batch.c.status.in_([each.value for each in BATCH_ALIVE])
         query = sa.select(batch.c.id).where(sa.or_(alive, open_callback)).order_by(batch.c.created_at).limit(limit)
+        if roots:
+            query = query.where(batch.c.parent_batch.is_(None))
         with self.read() as connection:
             return list(connection.execute(query).scalars())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import signal
 import sys
 import time
@@ -115,7 +116,7 @@ def _terminated_by(number: int) -> Iterator[None]:
 def _view(ctx: click.Context, as_json: bool) -> Iterator[_View]:
     if as_json:
         yield _Json()
-    elif sys.stdout.isatty() and importlib.util.find_spec("rich"):
+    elif sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and importlib.util.find_spec("rich"):
         from rich.console import Console
         from rich.live import Live
 

@@ -88,6 +88,9 @@ class Watch:
 
     def begin(self) -> None:
         """Find what is wanted. Raises BatchNotFound."""
+        if not self.wanted:
+            self._ids = self.store.unsettled(_MOST, roots=True)
+            return
         self._ids = list(dict.fromkeys(each for text in self.wanted for each in named(self.store, text)))
 
     def look(self) -> tuple[list[Watched], list[Object]]:

@@ -47,6 +47,7 @@ def test_watch_ends_when_batch_and_callbacks_are_over(seeds: Seeds, app: Celery)
     waits = invoke(app, "watch", str(batch_id)[:13], "--timeout", "0s", code=124).stdout
     assert "status=partial" in waits and "callbacks_open=1 callbacks_failed=0" in waits
     assert f'crash=SIGSEGV batch={batch_id} position=1 task=shop.parse item="PMC:1, DOI:1" host=web-3' in waits
+    assert invoke(app, "watch", "--timeout", "0s", code=124).stdout == waits, "its callback is open"
     seeds.complete(seeds.run(batch_id, 2, worker))
     assert "callbacks_open=0" in invoke(app, "watch", "invoices", code=1).stdout
     invoke(app, "watch", "invoices", "--allow-partial")

@@ -29,7 +29,7 @@ _THE_SAME = (
 def database(facts: Facts) -> Iterator[Finding]:
     """Does it answer?"""
     if facts.database_error is not None:
-        yield fail("database", facts.database_error, "batches wait meanwhile, and nothing is lost: see `watch`")
+        yield fail("database", facts.database_error, "children wait until it is back; tasks outside batches go on")
     elif facts.database is not None:
         yield ok("database", f"{facts.database.product} at {facts.database.url}")
 
