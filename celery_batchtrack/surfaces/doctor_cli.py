@@ -45,11 +45,10 @@ def doctor(ctx: click.Context, timeout: float, as_json: bool) -> None:
 
 def findings(facts: Facts) -> Sequence[Finding]:
     """What every check says of the facts; the worst comes last, where a terminal's reader looks first."""
-    from celery_batchtrack.surfaces.doctor import checks_application, checks_running
+    from celery_batchtrack.surfaces.doctor import checks_application, checks_database, checks_running
 
-    found = [
-        finding for check in (*checks_running.CHECKS, *checks_application.CHECKS) for finding in check(facts)
-    ]
+    checks = (*checks_database.CHECKS, *checks_running.CHECKS, *checks_application.CHECKS)
+    found = [finding for check in checks for finding in check(facts)]
     return sorted(found, key=lambda each: _ORDER.index(each.level))
 
 

@@ -37,7 +37,10 @@ def sql(ctx: click.Context, name: str | None, run: bool, id: str | None, limit: 
         if run or id:
             raise click.UsageError("--run and --batch go with a view's name", ctx)
         views = [{"name": each.relation, "summary": each.summary, "columns": each.columns} for each in VIEWS.values()]
-        put_json(views) if as_json else put_lines(_view_list(screen_of(ctx), views))
+        if as_json:
+            put_json(views)
+        else:
+            put_lines(_view_list(screen_of(ctx), views))
         return
     if id is not None and not run:
         raise click.UsageError("--batch goes with --run", ctx)

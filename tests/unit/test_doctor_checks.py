@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from celery_batchtrack.surfaces.doctor import checks_application, checks_running
+from celery_batchtrack.surfaces.doctor import checks_application, checks_database, checks_running
 from celery_batchtrack.surfaces.doctor.facts import BrokerFacts, Facts, Reply, TaskFacts
 from celery_batchtrack.surfaces.doctor_cli import findings
 from celery_batchtrack.vocabulary.checkup import Connections, DatabaseFacts, Tables
@@ -171,7 +171,7 @@ def test_every_check_is_broken_by_some_facts() -> None:
     def finds(check: Callable[[Facts], Any], facts: Facts) -> bool:
         return any(each.level != "ok" for each in check(facts))
 
-    for check in (*checks_application.CHECKS, *checks_running.CHECKS):
+    for check in (*checks_application.CHECKS, *checks_database.CHECKS, *checks_running.CHECKS):
         assert any(finds(check, facts) for _, facts, _, _ in BROKEN), check.__name__
 
 

@@ -138,7 +138,7 @@ def _limits(facts: Facts) -> Iterator[tuple[str, float]]:
 
 
 def _longest_countdown(facts: Facts) -> tuple[float, str]:
-    tables = facts.database.tables if facts.database is not None else None
+    tables = facts.tables
     waiting = (tables.longest_wait if tables is not None else 0.0, "a child that waits now")
     retries = ((each.retry_delay, f"{each.name} (default_retry_delay)") for each in facts.tasks)
     return max([waiting, *retries], key=lambda each: each[0])

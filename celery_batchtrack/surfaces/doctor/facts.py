@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from celery_batchtrack.vocabulary.checkup import DatabaseFacts
+from celery_batchtrack.vocabulary.checkup import DatabaseFacts, Tables
 from celery_batchtrack.vocabulary.settings import PREFIX, Settings
 
 Level = Literal["ok", "warn", "fail"]
@@ -96,9 +96,8 @@ class Facts:
         return (self.namespace + name).upper() if self.namespace else name
 
     @property
-    def open_batches(self) -> int:
-        tables = self.database.tables if self.database is not None else None
-        return 0 if tables is None else tables.open_batches
+    def tables(self) -> Tables | None:
+        return self.database.tables if self.database is not None else None
 
 
 Check = Callable[[Facts], Iterator[Finding]]
