@@ -31,7 +31,8 @@ class CheckingUp(Connected):
         wanted = migrate.newest()
         if self._has_no_file():
             empty = migrate.State.EMPTY
-            return DatabaseFacts("SQLite", self.shown_url, empty.name, empty.value, None, wanted, True, 0.0)
+            known = ("SQLite", self.shown_url, empty.name, empty.value, None, wanted)
+            return DatabaseFacts(*known, True, self._auto_migrate, 0.0)
         with self._raw_read() as connection:
             version = connection.dialect.server_version_info or ()
             ahead = _ahead(connection)
@@ -39,7 +40,7 @@ class CheckingUp(Connected):
         name = "SQLite" if self.sqlite else "PostgreSQL"
         return DatabaseFacts(
             f"{name} {'.'.join(map(str, version))}".strip(), self.shown_url, state.name, state.value, revision, wanted,
-            self.sqlite, ahead, None if self.sqlite else self._connections(),
+            self.sqlite, self._auto_migrate, ahead, None if self.sqlite else self._connections(),
             self._tables(retention) if state is migrate.State.CURRENT else None,
         )  # fmt: skip
 

@@ -45,6 +45,7 @@ class DatabaseFacts:
     revision: str | None
     wanted_revision: str
     sqlite: bool
+    makes_tables: bool  # at first use, where there are none
     ahead: float  # seconds that this host's clock is ahead of the database's, as far as it is certain
     connections: Connections | None = None
     tables: Tables | None = None

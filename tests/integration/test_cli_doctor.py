@@ -168,6 +168,7 @@ def test_doctor_makes_no_tables_and_no_file_and_tells_of_wrong_settings(tmp_path
     assert one(found(app), "schema", "ok") == "no tables yet: they are made at first use"
     assert not (tmp_path / "x.db").exists()
     app.conf.batchtrack_auto_migrate = False
+    BatchTrack.of(app).reset()
     assert one(found(app, code=1), "schema", "fail").startswith("the database has no batchtrack tables")
     wrong = make_app("sqlite://", batchtrack_laese=3)
     assert "did you mean 'batchtrack_lease'" in one(found(wrong, code=1), "configuration", "fail")

@@ -44,7 +44,7 @@ def reply(name: str = "w1@web-1", **told: Any) -> Reply:
 
 TABLES = Tables(STORE, [worker(), worker("c@x", kind="client", pool="client")], "w1@web-1", 4.0, 2, 0, None, 0.0)
 DATABASE = DatabaseFacts(
-    "PostgreSQL 15.18", "postgresql://db/shop", "CURRENT", "fits", "0005", "0005", False, 0.0,
+    "PostgreSQL 15.18", "postgresql://db/shop", "CURRENT", "fits", "0005", "0005", False, False, 0.0,
     Connections(97, 5, None, True), TABLES,
 )  # fmt: skip
 SQLITE = replace(DATABASE, product="SQLite 3", sqlite=True, connections=None)
@@ -182,7 +182,7 @@ def test_what_cannot_be_known_is_not_guessed() -> None:
     assert any("not asked, for there is no remote control" in each for each in told(alone, "ok"))
     down = replace(broker(error="refused"), replies=None)
     assert any("not asked, for the broker does not answer" in each for each in told(down, "ok"))
-    fresh = replace(GOOD, database=replace(SQLITE, schema="EMPTY", revision=None, tables=None))
+    fresh = replace(GOOD, database=replace(SQLITE, schema="EMPTY", revision=None, tables=None, makes_tables=True))
     assert "schema: no tables yet: they are made at first use → " in told(fresh, "ok")
     few = tables(workers=[worker(), worker("w2@web-1")])
     assert any("of 1 workers that did not answer one process is counted" in each for each in told(few, "ok"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from celery_batchtrack.surfaces.render import duration
-from celery_batchtrack.vocabulary.checkup import DatabaseFacts, Tables
+from celery_batchtrack.vocabulary.checkup import Tables
 from celery_batchtrack.vocabulary.records import WorkerRow
 
 from .facts import Facts, Finding, fail, ok, some, warn
@@ -31,7 +31,7 @@ def schema(facts: Facts) -> Iterator[Finding]:
     if found.schema == "CURRENT":
         yield ok("schema", f"{found.revision} = code {found.wanted_revision}")
         return
-    if found.schema == "EMPTY" and _makes_tables(facts, found):
+    if found.schema == "EMPTY" and found.makes_tables:
         yield ok("schema", "no tables yet: they are made at first use")
         return
     told = f"the database {found.schema_says} (schema {found.revision or 'none'}, code {found.wanted_revision})"
@@ -39,11 +39,6 @@ def schema(facts: Facts) -> Iterator[Finding]:
     if found.schema != "NEWER":
         advice = "run `celery -A <app> batchtrack migrate` (in a Django project, `manage.py migrate`)"
     yield fail("schema", told, advice)
-
-
-def _makes_tables(facts: Facts, found: DatabaseFacts) -> bool:
-    wanted = facts.settings.auto_migrate if facts.settings is not None else None
-    return found.sqlite if wanted is None else wanted
 
 
 def connections(facts: Facts) -> Iterator[Finding]:
