@@ -117,7 +117,7 @@ class Watch:
     def _new_crashes(self, ids: Sequence[uuid.UUID]) -> list[Object]:
         if not ids:
             return []
-        rows = self.store.incidents(ids, crashes_only=True, limit=_DEATHS, stacks=False)
+        rows = self.store.incidents(ids, crashes_only=True, limit=_DEATHS, stacks=False, nested=True)
         new: list[Object] = [views.incident(row) for row in rows if row.id not in self._seen]
         self._seen.update(each["id"] for each in new)
         self.crashes = [*self.crashes, *new][-_DEATHS:]

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 from celery import Celery
 from rich.console import Console
 
+from celery_batchtrack.store import schema
 from celery_batchtrack.surfaces.watch_screen import frame
 from celery_batchtrack.surfaces.watching import Watch, stacked
 from celery_batchtrack.vocabulary.ids import uuid7
@@ -101,6 +103,11 @@ def test_only_what_changed_is_told_and_batches_that_begin_meanwhile_join(seeds: 
     changed, crashes = watch.look()
     assert [each.batch["name"] for each in changed] == ["second"] and len(crashes) == 1
     assert watch.look() == ([], [])
+    inner = seeds.batch("inner", children=1)
+    with seeds.store.write() as connection:
+        connection.execute(sa.update(schema.batch).where(schema.batch.c.id == inner).values(parent_batch=first))
+    seeds.crash(seeds.run(inner, 0, worker))
+    assert [str(each["batch_id"]) for each in watch.look()[1]] == [str(inner)], "nested in one that is watched"
     with seeds.store.write() as connection:
         connection.exec_driver_sql("DELETE FROM batchtrack_batch")
     assert [each.state for each in watch.look()[0]] == ["gone", "gone"] and watch.over
