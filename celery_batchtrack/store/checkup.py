@@ -72,8 +72,9 @@ class CheckingUp(Connected):
                 sa.text(
                     "SELECT current_setting('max_connections')::int"
                     " - current_setting('superuser_reserved_connections')::int,"
-                    " (SELECT count(*) FROM pg_stat_activity"
-                    "  WHERE backend_type = 'client backend' AND application_name <> 'celery-batchtrack')"
+                    " (SELECT count(*) FROM pg_stat_activity WHERE datid IS NOT NULL"
+                    "  AND coalesce(backend_type, 'client backend') = 'client backend'"  # NULL: another role's
+                    "  AND application_name <> 'celery-batchtrack')"
                 )
             ).one()
             driver: Any = connection.connection.driver_connection

@@ -38,7 +38,7 @@ if "SHOP_DATABASE" in os.environ:
 def found(app: Celery, *args: object, code: int = 0) -> dict[str, list[dict[str, Any]]]:
     """What doctor says, by check."""
     said: dict[str, list[dict[str, Any]]] = {}
-    patience = () if "--timeout" in args else ("--timeout", "2s")
+    patience = () if "--timeout" in args else ("--timeout", "3s")
     for each in json.loads(invoke(app, "doctor", *args, *patience, "--json", code=code).stdout):
         assert set(each) == {"check", "level", "message", "advice"}
         said.setdefault(each["check"], []).append(each)
@@ -139,7 +139,7 @@ def test_doctor_says_of_a_database_what_is_in_it(seeds: Seeds, text: Run, app: C
     assert one(said, "sweeps", "fail") == "nobody has ever swept, and 1 batches are open: crashes stay unseen"
     assert one(said, "workers", "warn").startswith("1 alive, but no answer from w1@here")
     BatchTrack.of(app).sweep()
-    lines = text("doctor", "--timeout", "1s").splitlines()
+    lines = text("doctor", "--timeout", "3s").splitlines()
     assert lines[0].startswith("ok    database       ") and " → " in lines[-1] and lines[-1].startswith("WARN  ")
     assert invoke(app, "doctor", "--timeout", "0s", code=2)
 

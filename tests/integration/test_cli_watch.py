@@ -173,6 +173,23 @@ def test_ctrl_c_leaves_the_last_frame_and_130(seeds: Seeds, shell: Shell) -> Non
     assert "owned" not in text and "\x1b[31mred" not in text and "\x1b[2J" not in text
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_terminal_without_rich_gets_lines(seeds: Seeds, shell: Shell) -> None:
+    batch_id = seeds.batch()
+    without = "import sys; sys.modules['rich'] = None; from celery.__main__ import main; main()"
+    python, _, _, *arguments = shell.command("watch", "--timeout", "0s")
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        [python, "-c", without, *arguments], cwd=shell.folder, env=shell.env, stdout=theirs, stderr=subprocess.PIPE,
+        timeout=60, check=False,
+    )  # fmt: skip
+    os.close(theirs)
+    said = os.read(ours, 65_536).decode()
+    os.close(ours)
+    assert said.startswith(f"batch={batch_id} name=upload status=running") and "\x1b" not in said
+    assert (done.returncode, done.stderr) == (124, b"not over after 0.0s: 1 of 1\n")
+
+
 @contextlib.contextmanager
 def unreachable(url: str) -> Iterator[None]:
     """No connection to this database, neither old nor new ones."""
