@@ -449,3 +449,43 @@ def resident() -> int:
     """Memory of this process, in kB."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1])
+
+
+class PgBouncer(Server):
+    """PgBouncer before a PostgreSQL server."""
+
+    name = "pgbouncer"
+    stop_signal = signal.SIGINT
+
+    def __init__(self, behind: PostgresServer, mode: str) -> None:
+        self._bin = shutil.which("pgbouncer")
+        if self._bin is None:
+            raise ServiceMissing("no pgbouncer", optional=True)
+        self._behind, self._mode = behind, mode
+        super().__init__(owner=_unprivileged_user())
+        (self.folder / "users.txt").write_text('"postgres" ""\n')
+        (self.folder / "pgbouncer.ini").write_text(
+            f"[databases]\n* = host=127.0.0.1 port={behind.port} user=postgres\n"
+            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\n"
+            f"auth_type = any\npool_mode = {mode}\nignore_startup_parameters = extra_float_digits\n"
+        )
+
+    def command(self) -> list[str | Path]:
+        return [str(self._bin), self.folder / "pgbouncer.ini"]
+
+    def answers(self) -> bool:
+        import psycopg
+
+        try:
+            psycopg.connect(self.url, connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    def url_of(self, url: str) -> str:
+        """The same database, through this."""
+        return url.replace(f":{self._behind.port}/", f":{self.port}/")

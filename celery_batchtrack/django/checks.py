@@ -6,12 +6,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from django.apps import apps
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
 
 from celery_batchtrack import errors
-from celery_batchtrack.glue import configuration, django_database
+from celery_batchtrack.glue import beat, configuration, django_database
 from celery_batchtrack.glue.extension import DETECT_ENTRY
 from celery_batchtrack.store.migrate import State
 from celery_batchtrack.vocabulary.settings import Settings
@@ -76,7 +75,7 @@ def check_databases(databases: Sequence[str] | None = None, **_: Any) -> list[Ch
         # `migrate` begins with these checks, and is what they ask for.
         if alias is None or alias not in (databases or ()) or sys.argv[1:2] == ["migrate"]:
             return []
-        return [*_schema(alias), *_detector_entry(alias)]
+        return [*_schema(alias), *_detector_entry()]
     except errors.ImproperlyConfigured:
         return []  # told already
     except errors.DatabaseUnavailable as error:
@@ -91,18 +90,8 @@ def _schema(alias: str) -> Iterator[CheckMessage]:
         yield Warning(f"celery_batchtrack: the database {alias!r} {state.value}.", hint=hint, id=_id("W003"))
 
 
-def _detector_entry(alias: str) -> Iterator[CheckMessage]:
-    """django-celery-beat leaves `enabled` of an entry as an administrator has set it."""
-    if not apps.is_installed("django_celery_beat"):
-        return
-    from django.db import DatabaseError
-    from django_celery_beat.models import PeriodicTask
-
-    try:
-        disabled = PeriodicTask.objects.filter(name=DETECT_ENTRY, enabled=False).exists()
-    except DatabaseError:
-        return  # its tables are not there yet
-    if disabled:
+def _detector_entry() -> Iterator[CheckMessage]:
+    if beat.is_disabled():
         yield Warning(
             f"celery_batchtrack: the periodic task {DETECT_ENTRY!r} is disabled.",
             hint="Workers sweep when a sweep is overdue; enable it in the admin to have beat do it.", id=_id("W002"),

@@ -36,6 +36,18 @@ def load(app: Any, *, warn: bool = True) -> Settings:
     return Settings.validated(values, lambda name: _spelling(namespace, name))
 
 
+def ignored(app: Any) -> dict[str, str]:
+    """Settings that are there under a spelling that does not count, and how to write them."""
+    app.conf.get(PREFIX + "enabled")
+    conf = app.conf
+    namespace, keys = getattr(conf, "prefix", "") or "", _keys(conf)
+    found: dict[str, str] = {}
+    for name in Settings.names():
+        if conf.get(PREFIX + name) is None:
+            found.update(_ignored(keys, namespace, name))
+    return found
+
+
 def database_url(app: Any, settings: Settings) -> str:
     """The configured URL; a SQLite file only where nothing can be shared with other machines anyway."""
     if settings.database_url:
@@ -90,11 +102,16 @@ def _look_up(conf: Any, keys: list[str], namespace: str, name: str, *, warn: boo
         return None
     if not namespace and upper in keys:
         return conf.get(upper)
-    counts = _spelling(namespace, name)
-    for spelling in (upper, "CELERY_" + upper):
-        if warn and spelling in keys and spelling != counts:
-            logger.warning("%s is ignored: write it as %s", spelling, counts)
+    for spelling, counts in _ignored(keys, namespace, name).items() if warn else ():
+        logger.warning("%s is ignored: write it as %s", spelling, counts)
     return None
+
+
+def _ignored(keys: list[str], namespace: str, name: str) -> dict[str, str]:
+    upper, counts = (PREFIX + name).upper(), _spelling(namespace, name)
+    if not namespace and upper in keys:
+        return {}
+    return {each: counts for each in (upper, "CELERY_" + upper) if each in keys and each != counts}
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:

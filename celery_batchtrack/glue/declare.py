@@ -226,6 +226,11 @@ def options_of(task: Any) -> TaskOptions:
     return _marked(task) or TaskOptions()
 
 
+def is_declared(task: Any) -> bool:
+    """Whether it says anything of itself, by `tracked` or by annotations."""
+    return getattr(task, ATTRIBUTE, None) is not None or _marked(task) is not None
+
+
 def _marked(task: Any) -> TaskOptions | None:
     for name in ("run", "_orig_run", "__wrapped__"):
         function = getattr(task, name, None)

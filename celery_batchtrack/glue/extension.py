@@ -313,6 +313,11 @@ class BatchTrack:
 
     # -- worker ----------------------------------------------------------------------------------
 
+    @property
+    def own_worker(self) -> tuple[WorkerIdentity, Boxes] | None:
+        """Who this process is as a worker; None in any other process, and where the worker does not take part."""
+        return self._worker
+
     def wanted_in_worker(self) -> bool:
         """Whether a worker of this app takes part; without a database only if new chords are off anyway."""
         if self.settings.enabled:

@@ -186,13 +186,16 @@ class BrokerPublisher:
         name = queue or signatures.route(self.app, task, (), {}, {})
         if not name:
             return None
-        try:
-            with self.app.connection_or_acquire() as connection, connection.channel() as channel:
-                return int(channel.queue_declare(queue=name, passive=True).message_count)
-        except self._down():
-            return None
-        except tuple(self.app.connection_for_write().channel_errors):
-            return 0  # no such queue: nothing is in it (Redis forgets an empty one)
+        # No error may leave the block: kombu 5.7 puts a connection that one went through back into its pool, closed.
+        with self.app.connection_or_acquire() as connection:
+            try:
+                with connection.channel() as channel:
+                    return int(channel.queue_declare(queue=name, passive=True).message_count)
+            except self._down():
+                connection.collect()  # it connects anew when it is used next
+                return None
+            except tuple(connection.channel_errors):
+                return 0  # no such queue: nothing is in it (Redis forgets an empty one)
 
     def terminate(self, task_ids: Sequence[str]) -> None:
         """Broadcast a revoke with terminate. The workers' own reconciliation finds what it misses."""

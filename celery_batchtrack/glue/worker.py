@@ -14,6 +14,8 @@ from celery_batchtrack.behaviour.detector import Death
 from celery_batchtrack.vocabulary.ids import HEADER, Ticket
 from celery_batchtrack.vocabulary.states import Cause, Status
 
+from . import remote  # noqa: F401 (registers its command)
+
 logger = logging.getLogger("celery_batchtrack")
 
 #: Seconds between two looks for dead pool processes. Celery's own take up to 5 s.

@@ -6,6 +6,7 @@ from .borrowed import Borrowed, Lend
 from .breaker import Pausing
 from .browsing import Browsing
 from .charts import Charting
+from .checkup import CheckingUp
 from .children import ChildWrites, SlotTaken
 from .dispatching import Dispatching
 from .figures import Figuring
@@ -24,7 +25,7 @@ from .workers import WorkerWrites
 
 class Store(
     Rounds, Nesting, Owning, ChildWrites, Splitting, Quarantining, Pausing, WorkerWrites, Dispatching, Queries,
-    Browsing, Charting, Figuring, Pruning, Verifying, Outcomes, Viewing,
+    Browsing, Charting, Figuring, Pruning, Verifying, Outcomes, Viewing, CheckingUp,
 ):  # fmt: skip
     """Everything the tracking database is asked, by topic."""
 

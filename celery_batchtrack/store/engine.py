@@ -184,6 +184,11 @@ class Connected:
             self._store_id = self._opened()
         return self._store_id
 
+    @property
+    def known_store_id(self) -> uuid.UUID | None:
+        """The same, if it was asked for before: no look at the database."""
+        return self._store_id
+
     def _opened(self) -> uuid.UUID:
         with self._raw_read() as connection:
             state = migrate.state(connection)

@@ -15,6 +15,7 @@ from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, FirstFailur
 from celery_batchtrack.vocabulary.states import BATCH_ALIVE, OPEN, Kind, Status
 
 from .callbacks import is_callback
+from .clock import later
 from .engine import Connected
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
 from .schema import batch, child, incident
@@ -49,9 +50,11 @@ class Finding(Connected):
 
     def list_batches(
         self, *, statuses: Sequence[str] = (), name: str | None = None, tags: Sequence[str] = (),
-        metadata: Mapping[str, Any] | None = None, parent: uuid.UUID | None = None, limit: int | None = 50,
+        metadata: Mapping[str, Any] | None = None, parent: uuid.UUID | None = None, roots: bool = False,
+        since: float | None = None, limit: int | None = 50,
     ) -> list[uuid.UUID]:  # fmt: skip
-        """Ids of batches, newest first; of those that have all these tags, and these values in their metadata."""
+        """Ids of batches, newest first; of those that have all these tags, and these values in their metadata.
+        `roots`: nested in no other; `since`: created in the last so many seconds."""
         query = sa.select(batch.c.id).order_by(batch.c.created_at.desc(), batch.c.id.desc()).limit(limit)
         if statuses:
             query = query.where(batch.c.status.in_(list(statuses)))
@@ -59,6 +62,10 @@ class Finding(Connected):
             query = query.where(batch.c.name == name)
         if parent is not None:
             query = query.where(batch.c.parent_batch.is_not(None), batch.c.parent_batch == parent)
+        if roots:
+            query = query.where(batch.c.parent_batch.is_(None))
+        if since is not None:
+            query = query.where(batch.c.created_at >= later(-since))
         for tag in tags:
             query = query.where(self._has_tag(tag))
         for key, value in (metadata or {}).items():
@@ -66,16 +73,32 @@ class Finding(Connected):
         with self.read() as connection:
             return list(connection.execute(query).scalars())
 
-    def unsettled(self, limit: int = 1000) -> list[uuid.UUID]:
-        """Batches that have not ended, or of which a callback is still open; oldest first."""
+    def unsettled(self, limit: int = 1000, *, roots: bool = False) -> list[uuid.UUID]:
+        """Batches that have not ended, or of which a callback is still open; oldest first. `roots`: nested in no
+        other."""
         open_callback = sa.exists().where(
             child.c.batch_id == batch.c.id, is_callback(child), child.c.round == batch.c.round,
             child.c.status.in_([each.value for each in OPEN]),
         )  # fmt: skip
         alive = batch.c.status.in_([each.value for each in BATCH_ALIVE])
         query = sa.select(batch.c.id).where(sa.or_(alive, open_callback)).order_by(batch.c.created_at).limit(limit)
+        if roots:
+            query = query.where(batch.c.parent_batch.is_(None))
         with self.read() as connection:
             return list(connection.execute(query).scalars())
+
+    def callbacks_of(self, ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[str]]:
+        """Statuses of these batches' callbacks, of their present round; batches without callbacks are left out."""
+        query = (
+            sa.select(child.c.batch_id, child.c.status)
+            .join(batch, batch.c.id == child.c.batch_id)
+            .where(child.c.batch_id.in_(list(ids)), is_callback(child), child.c.round == batch.c.round)
+        )
+        found: dict[uuid.UUID, list[str]] = {}
+        with self.read() as connection:
+            for batch_id, status in connection.execute(query):
+                found.setdefault(batch_id, []).append(status)
+        return found
 
     def _has_tag(self, tag: str) -> sa.ColumnElement[bool]:
         if self.sqlite:

@@ -54,6 +54,18 @@ def state(connection: sa.Connection) -> State:
     return State.OLDER if set(stored) <= known else State.NEWER
 
 
+def newest() -> str:
+    """The step that this code needs."""
+    return _revisions()[0]
+
+
+def revision(connection: sa.Connection) -> str | None:
+    """The step that the database is at."""
+    if not sa.inspect(connection).has_table(VERSION_TABLE):
+        return None
+    return connection.execute(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
+
+
 def reaches(connection: sa.Connection, revision: str = "head") -> bool:
     """Whether the database has this step, or is beyond it."""
     if not sa.inspect(connection).has_table(VERSION_TABLE):

@@ -149,12 +149,14 @@ class Queries(Connected):
             return sorted((child_row(row) for row in connection.execute(query)), key=lambda row: row.position)
 
     def incidents(
-        self, batch_id: uuid.UUID | None = None, *, outcomes: Sequence[str] = (), crashes_only: bool = False,
-        since: float | None = None, limit: int | None = None, position: int | None = None, stacks: bool = True,
+        self, batch_id: uuid.UUID | Sequence[uuid.UUID] | None = None, *, outcomes: Sequence[str] = (),
+        crashes_only: bool = False, since: float | None = None, limit: int | None = None, position: int | None = None,
+        stacks: bool = True, nested: bool = False,
     ) -> list[IncidentRow]:  # fmt: skip
-        """Incidents, oldest first. `crashes_only`: deaths, those included after which a child ran again;
-        `since`: not older than that many seconds; `position`: of one child of the batch; without `stacks`, those
-        and tracebacks (20 kB each) are left out."""
+        """Incidents of one batch, of several or of all, oldest first; with `limit`, the newest. `crashes_only`: deaths,
+        those included after which a child ran again; `since`: not older than that many seconds; `position`: of one
+        child of the batch; `nested`: of several batches, and of those nested in them; without `stacks`, those and
+        tracebacks (20 kB each) are left out."""
         special: dict[str, Any] = {"task": child.c.task, "task_id": child.c.task_id, "items": child.c["items"]}
         if not stacks:
             special.update(stack=sa.null().label("stack"), traceback=sa.null().label("traceback"))
@@ -162,8 +164,11 @@ class Queries(Connected):
         query = sa.select(*columns).join(
             child, sa.and_(child.c.batch_id == incident.c.batch_id, child.c.position == incident.c.position)
         )
-        if batch_id is not None:
+        if isinstance(batch_id, uuid.UUID):
             query = query.where(incident.c.batch_id == batch_id)
+        elif batch_id is not None:
+            among: Any = sa.select(tree_of(batch_id).c.id) if nested else list(batch_id)
+            query = query.where(incident.c.batch_id.in_(among))
         if position is not None:
             query = query.where(incident.c.position == position)
         if outcomes:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
 from celery_batchtrack import errors
-from celery_batchtrack.surfaces import crash_cli, jsonio, life_cli, metrics_cli, pages, views
+from celery_batchtrack.surfaces import (
+    crash_cli,
+    doctor_cli,
+    jsonio,
+    life_cli,
+    metrics_cli,
+    pages,
+    view_cli,
+    views,
+    watch_cli,
+)
 from celery_batchtrack.surfaces.console import (
     acting,
     age,
@@ -32,8 +43,10 @@ from celery_batchtrack.vocabulary.states import BatchStatus, Status
 if TYPE_CHECKING:
     from celery_batchtrack.behaviour.detector import Sweep
     from celery_batchtrack.glue.extension import BatchTrack
+    from celery_batchtrack.store import Store
+    from celery_batchtrack.vocabulary.records import ChildRow
 
-__all__ = ["batchtrack", "crash_cli", "life_cli", "metrics_cli"]
+__all__ = ["batchtrack", "crash_cli", "doctor_cli", "life_cli", "metrics_cli", "view_cli", "watch_cli"]
 
 
 # -- looking --------------------------------------------------------------------------------------
@@ -45,17 +58,18 @@ __all__ = ["batchtrack", "crash_cli", "life_cli", "metrics_cli"]
 @click.option("--tag", "tags", multiple=True, callback=storables, help="Only batches with this tag; may be repeated.")
 @click.option("--meta", multiple=True, callback=metadata, metavar="KEY=VALUE", help="Only with this in their metadata.")
 @click.option("--parent", help="Only batches nested in this one.")
+@click.option("--since", **DURATION, help="Only those created in the last 24h, 7d, …")
 @click.option("-n", "--limit", type=click.IntRange(1, 1_000_000), default=50, show_default=True)
 @as_json
 def list_(
     ctx: click.Context, statuses: tuple[str, ...], name: str | None, tags: tuple[str, ...], meta: dict[str, object],
-    parent: str | None, limit: int, as_json: bool,
+    parent: str | None, since: float | None, limit: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Batches, newest first."""
     store = store_of(ctx)
     ids = store.list_batches(
         statuses=statuses, name=name, tags=tags, metadata=meta, limit=limit,
-        parent=None if parent is None else store.resolve(parent),
+        parent=None if parent is None else store.resolve(parent), since=since,
     )  # fmt: skip
     found = views.batches(store, ids)
     if as_json:
@@ -81,17 +95,33 @@ def show(ctx: click.Context, id: str, as_json: bool) -> None:
 @command("children")
 @click.argument("id")
 @click.option("--status", "statuses", multiple=True, type=click.Choice([str(each) for each in Status]))
+@click.option("--item", callback=storable, help="Only those with this item.")
 @click.option("--callbacks", is_flag=True, help="The callbacks' rows instead.")
 @as_json
-def children(ctx: click.Context, id: str, statuses: tuple[str, ...], callbacks: bool, as_json: bool) -> None:
+def children(
+    ctx: click.Context, id: str, statuses: tuple[str, ...], item: str | None, callbacks: bool, as_json: bool
+) -> None:
     """A batch's children, by position."""
+    if item is not None and callbacks:
+        raise click.UsageError("--callbacks goes without --item: callbacks have no items", ctx)
     store = store_of(ctx)
-    rows = store.children(store.resolve(id), statuses=statuses, callbacks=callbacks)
+    batch_id = store.resolve(id)
+    rows = store.children(batch_id, statuses=statuses, callbacks=callbacks)
+    if item is not None:
+        rows = (row for row in _with_item(store, batch_id, item) if not statuses or row.status in statuses)
     found = (views.child(row) for row in rows)
     if as_json:
         put_json(found)
     else:
         put_lines(pages.child_list(screen_of(ctx), found), "no such rows")
+
+
+def _with_item(store: Store, batch_id: uuid.UUID, item: str) -> Iterator[ChildRow]:
+    after: int | None = -1
+    while after is not None:
+        page = store.browse_children(batch_id, item=item, after=after, limit=500)
+        yield from page.rows
+        after = page.next
 
 
 @command("workers")
@@ -105,7 +135,12 @@ def workers(ctx: click.Context, everyone: bool, as_json: bool) -> None:
     """
     store = store_of(ctx)
     now = store.current_time()
-    found = [views.worker(row, now) for row in store.workers(all=everyone)]
+    told = {row["worker_id"]: row for row in store.view("worker_liveness", order_by=["-started_at"], limit=1000)}
+    nothing = {"running": 0, "crashes_24h": 0}
+    found = [
+        {**views.worker(row, now), **{name: told.get(row.id, nothing)[name] for name in nothing}}
+        for row in store.workers(all=everyone)
+    ]
     if as_json:
         put_json(found)
     else:

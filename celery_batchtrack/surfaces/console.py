@@ -37,7 +37,7 @@ _CENTURY = 100 * 366 * 86_400.0
 
 
 #: What these commands say themselves need not be logged on the same terminal.
-_SAID = {"pause": "action=batch_paused", "resume": "action=batch_resumed"}
+_SAID = {"pause": "action=batch_paused", "resume": "action=batch_resumed", "doctor": "%s is ignored"}
 
 
 class Command(click.Command):

@@ -19,10 +19,11 @@ def _group(ctx: click.Context, **_: Any) -> None:
     """Look at tracked batches, and look after them.
 
     ID is a batch's id, or its beginning. With --json, standard output is one JSON array (`show` and `stack`: one
-    object).
+    object; `watch` and `detect --every`: one object on a line, again and again).
 
-    Exit codes: 1 a check found violations, 2 wrong usage, 66 no such batch, child, incident or item, 69 the tracking
-    database cannot be reached or written, 78 wrong configuration, or tables of another version.
+    Exit codes: 1 something is wrong (`verify`, `doctor`, `stuck`), or a watched batch ended badly, 2 wrong usage, 66 no
+    such batch, child, incident or item, 69 the tracking database cannot be reached or written, 78 wrong configuration,
+    or tables of another version, 124 `watch` ran out of time, 130 Ctrl-C.
     """
 
 

@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 from celery_batchtrack.vocabulary.records import isoformat
@@ -22,6 +23,8 @@ def _plain(value: Any) -> Any:
         return isoformat(value)
     if isinstance(value, uuid.UUID):
         return str(value)
+    if isinstance(value, Decimal):  # PostgreSQL's sums of whole numbers
+        return int(value) if value == value.to_integral_value() else float(value)
     raise TypeError(f"{type(value).__name__} is no JSON")
 
 

@@ -284,12 +284,12 @@ def _kind(each: Object) -> str:
 def worker_list(screen: Screen, workers: Sequence[Object], now: datetime) -> Iterator[str]:
     table = Table(screen, [
         Column("NAME", elastic=True), _status("STATE"), Column("KIND"), Column("POOL"), Column("HOST", elastic=True),
-        count("PID"), count("LAST BEAT"), count("UP"), Column("VERSION"),
+        count("PID"), count("RUNNING"), _bad_count("CRASHES 24H"), count("LAST BEAT"), count("UP"), Column("VERSION"),
     ])  # fmt: skip
     return table.lines(
         (
             each["name"], each["state"], each["kind"], each["pool"], each["hostname"], each["pid"],
-            ago(each["beat_at"], now),
+            each["running"], each["crashes_24h"], ago(each["beat_at"], now),
             duration(seconds_between(each["started_at"], each["stopped_at"] or each["lost_at"] or now)),
             each["version"],
         )

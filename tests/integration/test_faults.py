@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
 
 from celery_batchtrack import Batch
+from celery_batchtrack.glue.publish import BrokerPublisher
 from tests.acceptance.scene import Scene, embedded
 from tests.helpers import ROOT, GuardedProcess, eventually, unique
 from tests.nodes import ProcessWorker
@@ -294,3 +296,17 @@ def test_a_worker_on_another_database_gives_messages_back_and_says_so(quiet: Sce
     assert [(child.status, child.attempt) for child in batch.children()] == [("completed", 1)]
     assert {each.cause for each in batch.incidents()} <= {"lost_message"}, "held back, and told as such; no death"
     assert quiet.violations() == []
+
+
+def test_the_length_of_a_queue_is_told_after_one_that_is_not_there_and_after_an_outage() -> None:
+    with require(RedisServer) as redis:
+        app = Celery("lengths", broker=redis.url, set_as_current=False, broker_transport_options={"socket_timeout": 5})
+        publisher = BrokerPublisher(app)
+        assert [publisher.queue_length(name, "") for name in ("none", "nor this", "none")] == [0, 0, 0]
+        with app.producer_or_acquire() as producer:
+            app.send_task("shop.x", producer=producer, queue="waits")
+        assert publisher.queue_length("waits", "") == 1
+        redis.kill()
+        assert [publisher.queue_length("waits", "") for _ in range(2)] == [None, None]
+        redis.start()
+        assert publisher.queue_length("waits", "") == 0

@@ -4,13 +4,15 @@ Parts between ``<!-- generated: name -->`` and ``<!-- end generated -->`` are wr
 ``python -m tests.unit.test_docs``. A ``python`` block is run as a script in a folder of its own;
 ``<!-- setup: name -->`` before it puts a preamble before it, ``<!-- not executed: reason -->`` leaves it out.
 An ``sql`` block runs on a store with a crashed child; one that starts with ``-- PostgreSQL`` or ``-- SQLite``
-runs there only.
+runs there only. The commands of a ``console`` block are run on such a store, too; ``<!-- exit: 1 -->`` before it says
+with which exit code.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import uuid
@@ -21,6 +23,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 import yaml
+from celery.app.task import Task
 
 from celery_batchtrack.behaviour.identity import WorkerIdentity
 from celery_batchtrack.store import Store
@@ -44,6 +47,7 @@ from celery_batchtrack.vocabulary.states import (
     Status,
     Verdict,
 )
+from tests.integration.cli_kit import invoke, make_app
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "celery_batchtrack"
@@ -337,6 +341,47 @@ def test_tables_are_named_as_they_are() -> None:
 # -- commands, links, names
 
 
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[object, str]]:
+    """An app on a store with a crashed child, and its batch's id."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('shop') / 'x.db'}"
+    store, batch_id = store_with_a_crash(url)
+    app = make_app(url)
+
+    @app.task(name="shop.tasks.bare", shared=False)
+    def bare() -> None: ...
+
+    app.finalize()
+    app.tasks["shop.tasks.bare"].__class__ = Task  # for `doctor` to find
+    yield app, str(batch_id)
+    store.dispose()
+
+
+@pytest.mark.parametrize("block", blocks("console"), ids=str)
+def test_every_command_of_a_console_block_runs_and_has_the_columns_that_are_shown(
+    block: Block, shop: tuple[object, str]
+) -> None:
+    app, batch_id = shop
+    code = int(block.remark.removeprefix("exit:") or 0)
+    commands = re.findall(r"^\$ celery -A shop batchtrack (.*)\n((?:[^$].*\n)*)", block.code, re.MULTILINE)
+    assert commands, block
+    for command, shown_output in commands:
+        arguments = shlex.split(command.replace("ID", batch_id))
+        said = invoke(app, *arguments, code=code).stdout
+        for line in shown_output.splitlines()[:1]:
+            if line.isupper():
+                assert said.split("\n")[0].split() == line.split(), block
+            else:
+                assert said.split("=")[0] == line.split("=")[0] or said[:4] == line[:4], block
+
+
+def test_every_check_of_doctor_is_explained() -> None:
+    code = "\n".join(path.read_text() for path in (PACKAGE / "surfaces" / "doctor").glob("checks_*.py"))
+    named = set(re.findall(r"\b(?:ok|warn|fail|level)\(\s*\"([a-z_ ]+)\"", code))
+    section = (ROOT / "docs" / "command-line.md").read_text().partition("## doctor")[2].partition("\n## ")[0]
+    assert named == set(re.findall(r"^\| `([a-z_ ]+)` \|", section, re.MULTILINE))
+
+
 def everything() -> str:
     return "\n".join(path.read_text() for path in DOCUMENTS)
 
@@ -410,7 +455,8 @@ def test_every_log_action_is_explained() -> None:
 
 def test_every_setting_that_is_named_exists() -> None:
     known = {PREFIX + each for each in Settings.names()}
-    tables = {*metadata.tables, "batchtrack_alembic_version", *(each.relation for each in VIEWS.values())}
+    views = {each.relation for each in VIEWS.values()}
+    tables = {*metadata.tables, *views, "batchtrack_alembic_version"}
     for name in re.findall(r"\b(?:CELERY_)?(BATCHTRACK_[A-Z]\w*|batchtrack_[a-z]\w*)\b", everything()):
         assert name.lower() in known | tables, f"{name} is no setting"
 
