@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from celery_batchtrack import errors
-from celery_batchtrack.surfaces import crash_cli, jsonio, life_cli, pages, views
+from celery_batchtrack.surfaces import crash_cli, flower_cli, jsonio, life_cli, pages, views
 from celery_batchtrack.surfaces.console import (
     acting,
     age,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from celery_batchtrack.behaviour.detector import Sweep
     from celery_batchtrack.glue.extension import BatchTrack
 
-__all__ = ["batchtrack", "crash_cli", "life_cli"]
+__all__ = ["batchtrack", "crash_cli", "flower_cli", "life_cli"]
 
 
 # -- looking --------------------------------------------------------------------------------------

@@ -247,6 +247,19 @@ class Settings:
         "the application's own tables that `owner=` may name, as `{'upload': 'shop_upload.id'}`: deleting the row "
         "deletes its batches; `batchtrack migrate` makes the columns",
     )
+    flower_labels: bool = _setting(
+        True,
+        _boolean,
+        "boolean",
+        "messages name their batch and child in what Flower's Tasks tab shows of their keyword arguments, so that it "
+        "finds them; the task itself sees nothing of it",
+    )
+    flower_require_auth: bool = _setting(
+        False,
+        _boolean,
+        "boolean",
+        "the pages in Flower are refused where Flower has neither `--basic-auth` nor `--auth`",
+    )
     blackbox_dir: str | None = _setting(
         None,
         _optional_text,

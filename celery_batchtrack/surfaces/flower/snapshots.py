@@ -1,0 +1,112 @@
+"""Reads of the tracking database off the IO loop: a few threads, and one answer for all who look at the same thing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from celery_batchtrack import errors
+
+T = TypeVar("T")
+
+#: Seconds that an answer is shown to others too.
+KEEP = 2.0
+#: Seconds after which a page says that the database does not answer.
+PATIENCE = 3.0
+#: Seconds that an action may take before its page says that it goes on by itself.
+ACTION_PATIENCE = 30.0
+_THREADS = 4
+#: Reads that wait for a thread. More than that, and the database is too slow for those who look.
+_WAITING = 64
+
+
+class Silent(errors.DatabaseUnavailable):
+    """The database has not answered in time."""
+
+
+@dataclass
+class _Answer:
+    future: asyncio.Future[Any]
+    keep: float
+    done_at: float | None = None
+
+    def over(self, now: float) -> bool:
+        return self.done_at is not None and now - self.done_at >= self.keep
+
+
+class Snapshots:
+    """Answers by key. A read that hangs takes one of few threads, and whoever asks the same waits for the same."""
+
+    def __init__(self, *, keep: float = KEEP, patience: float = PATIENCE) -> None:
+        self.keep, self.patience = keep, patience
+        self._answers: dict[Hashable, _Answer] = {}
+        self._readers = ThreadPoolExecutor(_THREADS, "batchtrack-read")
+        self._actors = ThreadPoolExecutor(2, "batchtrack-act")
+
+    async def get(
+        self, key: Hashable, read: Callable[[], T], *, keep: float | None = None, patience: float | None = None
+    ) -> T:
+        """What `read` returns, or returned to somebody at most `keep` seconds ago. Raises what it raises, and Silent
+        after `patience` seconds."""
+        answer = self._answers.get(key)
+        if answer is None or answer.over(_now()):
+            answer = self._start(key, read, self.keep if keep is None else keep)
+        return await _in_time(answer.future, self.patience if patience is None else patience)
+
+    def peek(self, key: Hashable) -> tuple[Any, float] | None:
+        """What was answered last and how many seconds ago, without asking; None if it was an error, or nothing."""
+        answer = self._answers.get(key)
+        if answer is None or answer.done_at is None or answer.future.cancelled() or answer.future.exception():
+            return None
+        return answer.future.result(), _now() - answer.done_at
+
+    def asked(self, key: Hashable) -> bool:
+        """Whether an answer is under way."""
+        answer = self._answers.get(key)
+        return answer is not None and answer.done_at is None
+
+    def _start(self, key: Hashable, read: Callable[[], T], keep: float) -> _Answer:
+        now = _now()
+        for old in [each for each, answer in self._answers.items() if answer.over(now)]:
+            del self._answers[old]
+        if sum(answer.done_at is None for answer in self._answers.values()) >= _WAITING:
+            raise Silent(f"{_WAITING} reads of the tracking database wait already")
+        answer = _Answer(asyncio.get_running_loop().run_in_executor(self._readers, read), keep)
+        self._answers[key] = answer
+
+        def done(future: asyncio.Future[Any]) -> None:
+            answer.done_at = _now()
+            if not future.cancelled():
+                future.exception()  # looked at: whoever waited for it may have gone
+
+        answer.future.add_done_callback(done)
+        return answer
+
+    async def act(self, do: Callable[[], T]) -> T:
+        """Something that changes the database, after which everything is read anew."""
+        try:
+            return await _in_time(asyncio.get_running_loop().run_in_executor(self._actors, do), ACTION_PATIENCE)
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """What is known is old; what is under way may have been read before."""
+        self._answers.clear()
+
+    def close(self) -> None:
+        for pool in (self._readers, self._actors):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def _in_time(future: asyncio.Future[T], patience: float) -> T:
+    try:
+        return await asyncio.wait_for(asyncio.shield(future), patience)
+    except TimeoutError:
+        raise Silent(f"no answer within {patience:g} s") from None
