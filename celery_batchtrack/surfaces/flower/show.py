@@ -186,6 +186,8 @@ def no_stack(incident: Mapping[str, Any]) -> str:
 
 def quoted(value: object) -> str:
     """A value in SQL that people copy."""
+    if isinstance(value, int):
+        return str(value)
     return "'" + str(value).replace("'", "''") + "'"
 
 
