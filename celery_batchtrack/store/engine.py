@@ -184,6 +184,10 @@ class Connected:
             self._store_id = self._opened()
         return self._store_id
 
+    def known_as(self, store_id: uuid.UUID) -> bool:
+        """Whether it is this database, as far as is known without asking it."""
+        return self._store_id == store_id
+
     def _opened(self) -> uuid.UUID:
         with self._raw_read() as connection:
             state = migrate.state(connection)

@@ -62,7 +62,7 @@ class OneBatch(PageHandler):
         self.show(
             str(batch["name"]), every=LIVE if busy else 0.0, page=page, batch=batch, children=children, now=now,
             chosen={name: value for name, value in chosen.items() if name != "after" and value},
-            statuses=[str(each) for each in Status], confirm=self.asked("confirm") == "cancel",
+            statuses=[str(each) for each in Status], confirm=self.asked("confirm"),
         )  # fmt: skip
 
     @authenticated
@@ -129,6 +129,7 @@ class OneChild(PageHandler):
             lambda store: (reading.child_page(store, batch_id, position), store.current_time()),
         )
         child = page["child"]
+        page = {**page, "repro": page["repro"].replace("<app>", self.application.batchtrack_app or "<app>")}
         title = f"#{position} of {page['batch']['name']}"
         self.show(title, every=LIVE if child["finished_at"] is None else 0.0, page=page, child=child, now=now)
 

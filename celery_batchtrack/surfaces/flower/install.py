@@ -7,9 +7,10 @@ Flower has no plugins. What is used of it: `flower.app.Flower`, tornado's docume
 from __future__ import annotations
 
 import contextlib
-import logging
+import shlex
 from typing import Any
 
+import click
 import flower.app
 import flower.command
 from tornado.web import URLSpec
@@ -19,8 +20,6 @@ from celery_batchtrack.glue.extension import BatchTrack
 from celery_batchtrack.surfaces.flower import api, handlers
 from celery_batchtrack.surfaces.flower.loader import loader_for
 from celery_batchtrack.surfaces.flower.snapshots import Snapshots
-
-logger = logging.getLogger("celery_batchtrack")
 
 
 def install() -> type[Any]:
@@ -43,6 +42,7 @@ def extended(base: type[Any]) -> type[Any]:
             self.snapshots = Snapshots()
             self.add_handlers(r".*", prefixed(handlers.urls() + api.urls(), self.options.url_prefix))
             self.capp.finalize()
+            self.batchtrack_app = _named()
             with contextlib.suppress(errors.BatchTrackError):  # each page says what is missing
                 _serve_metrics(BatchTrack.of(self.capp))
 
@@ -51,6 +51,13 @@ def extended(base: type[Any]) -> type[Any]:
             super().stop()
 
     return BatchFlower
+
+
+def _named() -> str | None:
+    """What ``-A`` names, for commands that people copy."""
+    context = click.get_current_context(silent=True)
+    named = None if context is None else context.find_root().params.get("app")
+    return shlex.quote(named) if isinstance(named, str) else None
 
 
 def _serve_metrics(extension: BatchTrack) -> None:

@@ -62,7 +62,7 @@ def duration(seconds: float | None) -> str:
     seconds = max(0.0, float(seconds))
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms".replace(" ", _THIN)
-    if seconds < 10:
+    if seconds < 10 and not float(seconds).is_integer():
         return f"{seconds:.1f}{_THIN}s"
     whole = round(seconds)
     for unit, big, small_unit, small in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
@@ -108,7 +108,7 @@ def short(id: uuid.UUID | str) -> str:
 _LOOKS = {
     "alive": "completed", "suspected": "stuck", "lost": "crashed", "stopped": "cancelled", "retried": "partial",
     "redispatched": "partial", "late_write": "partial", "quarantined": "crashed", "released": "completed",
-    "counted": "pending", "another version": "pending", "ok": "completed", "violated": "crashed",
+    "counted": "pending", "another version": "pending", "ok": "completed", "needs a look": "stuck",
 }  # fmt: skip
 _KNOWN = (
     "completed", "partial", "failed", "crashed", "cancelled", "running", "open", "pending", "paused", "stuck", "split",
@@ -124,10 +124,10 @@ def look(status: str) -> str:
 def phase(batch: Mapping[str, Any]) -> str:
     """What its badge says: its status, or that it is paused or stuck."""
     if batch["finished_at"] is None:
-        if batch.get("stuck"):
-            return "stuck"
         if batch["paused_at"] is not None:
             return "paused"
+        if batch.get("stuck"):
+            return "stuck"
     return str(batch["status"])
 
 

@@ -122,10 +122,10 @@ def _marks(times: Sequence[datetime], start: datetime, seconds: int, slots: int)
 
 
 def _round_up(value: int) -> int:
-    """To a number that halves well: 1, 2, 4, 10, 20, 40, 100, …"""
+    """To a number that halves well: 1, 2, 4, 6, 8, 10, 20, 40, …"""
     step = 1
     while True:
-        for factor in (1, 2, 4):
+        for factor in (1, 2, 4, 6, 8):
             if value <= factor * step:
                 return factor * step
         step *= 10

@@ -1,0 +1,53 @@
+"""One rich database for a module, with copies for tests that change it; one Flower on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from celery_batchtrack.store import Store
+from tests.flower import scenes
+from tests.flower.kit import Served, served, shop
+
+
+@pytest.fixture(scope="session")
+def rich(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path) -> Iterator[scenes.Rich]:
+    """Nothing may change it."""
+    path = tmp_path_factory.mktemp("rich") / "batchtrack.db"
+    shutil.copy(migrated_sqlite, path)
+    store = Store(f"sqlite:///{path}")
+    yield scenes.build(store)
+    store.dispose()
+
+
+@pytest.fixture(scope="session")
+def rich_url(rich: scenes.Rich) -> str:
+    return rich.scene.store.url.render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="module")
+def site(rich_url: str) -> Iterator[Served]:
+    """Without authentication; its API is open."""
+    before = os.environ.get("FLOWER_UNAUTHENTICATED_API")
+    os.environ["FLOWER_UNAUTHENTICATED_API"] = "true"
+    with served(shop(rich_url)) as found:
+        yield found
+    if before is None:
+        del os.environ["FLOWER_UNAUTHENTICATED_API"]
+    else:
+        os.environ["FLOWER_UNAUTHENTICATED_API"] = before
+
+
+@pytest.fixture
+def own(rich: scenes.Rich, tmp_path: Path) -> str:
+    """A copy of the rich database, to be changed."""
+    path = tmp_path / "own.db"
+    with closing(sqlite3.connect(str(rich.scene.store.url.database))) as one, closing(sqlite3.connect(path)) as other:
+        one.backup(other)
+    return f"sqlite:///{path}"
