@@ -6,7 +6,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from tornado.web import URLSpec, authenticated
+from tornado.routing import URLSpec
+from tornado.web import authenticated
 
 from celery_batchtrack import errors
 from celery_batchtrack.store import Store

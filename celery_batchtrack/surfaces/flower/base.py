@@ -178,7 +178,7 @@ class PageHandler(Shared):
 
     @property
     def is_fragment(self) -> bool:
-        return self.get_query_argument("fragment", "") == "1"
+        return bool(self.get_query_argument("fragment", "") == "1")
 
     def show(self, title: str, *, every: float = 0.0, **data: Any) -> None:
         """Render the page, or only what refreshes. `every`: seconds between two refreshes; 0: it will not change."""
@@ -289,7 +289,7 @@ class Namespace:
 
     @property
     def token(self) -> str:
-        return self._handler.xsrf_token.decode()
+        return str(self._handler.xsrf_token, "ascii")
 
     def sql(self, view: str, where: Mapping[str, object] | None = None, order_by: str = "") -> str:
         """A query on a view that answers what a table shows."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tornado.web import StaticFileHandler, URLSpec, authenticated
+from tornado.routing import URLSpec
+from tornado.web import StaticFileHandler, authenticated
 
 from celery_batchtrack import errors
 from celery_batchtrack.store import Store

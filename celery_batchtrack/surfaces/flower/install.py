@@ -7,13 +7,14 @@ Flower has no plugins. What is used of it: `flower.app.Flower`, tornado's docume
 from __future__ import annotations
 
 import contextlib
+import importlib
 import shlex
 from typing import Any
 
 import click
 import flower.app
 import flower.command
-from tornado.web import URLSpec
+from tornado.routing import URLSpec
 
 from celery_batchtrack import errors
 from celery_batchtrack.glue.extension import BatchTrack
@@ -62,11 +63,8 @@ def _named() -> str | None:
 
 def _serve_metrics(extension: BatchTrack) -> None:
     """Ours in Flower's own ``/metrics``."""
-    try:
-        from celery_batchtrack.surfaces import metrics
-    except ImportError:
-        return
-    metrics.register(extension)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("celery_batchtrack.surfaces.metrics").register(extension)
 
 
 def prefixed(specs: list[URLSpec], prefix: str | None) -> list[Any]:
