@@ -37,9 +37,11 @@ app.conf.update(
 BatchTrack(app)
 
 
-@app.task(name="shop.parse")
+@app.task(name="shop.parse", bind=True)
 @tracked(items="docs", on_crash="record")
-def parse(docs, language="en"):
+def parse(self, docs, language="en"):
+    if docs == ["DOC-9"] and not self.request.retries:
+        raise self.retry(countdown=0)
     for doc in each_item(docs):
         note(f"parsing {doc}")
         if doc == "DOC-13":

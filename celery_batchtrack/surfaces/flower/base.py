@@ -10,8 +10,9 @@ import uuid
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
-from urllib.parse import urlencode, urlparse
+from urllib.parse import quote, urlencode, urlparse
 
+import flower
 from flower.api import BaseApiHandler
 from flower.views import BaseHandler
 from tornado.web import HTTPError
@@ -32,6 +33,7 @@ STATIC = Path(__file__).parent / "static"
 #: Changes with the files, so that browsers do not keep old ones.
 VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(STATIC.iterdir()))).hexdigest()[:12]
 _FLASH = "bt_message"
+_FLOWER = tuple(int(part) for part in flower.__version__.split(".")[:2] if part.isdigit())
 
 NO_AUTH = (
     "batchtrack_flower_require_auth is on, and this Flower has no authentication: start it with --basic-auth or --auth"
@@ -277,6 +279,14 @@ class Namespace:
     def flower(self, name: str, /, *args: str, **query: object) -> str:
         """Of one of Flower's own pages."""
         return str(self._handler.reverse_url(name, *args)) + _query(query)
+
+    def tasks(self, text: object) -> str:
+        """Flower's list of tasks, narrowed down to those that have this text in what is shown of them."""
+        address = self.flower("tasks")
+        if _FLOWER >= (2, 2):  # searches for name:<what is given>
+            return f"{address}?name={quote(f'{text} OR {text}')}"
+        # Before, `state` alone is taken from the address, and 2.0 reads a comma as the end of a term.
+        return f"{address}?state=any,{quote(str(text))}" if _FLOWER < (2, 1) else address
 
     def static(self, name: str) -> str:
         return self.url("static", name, v=VERSION)
