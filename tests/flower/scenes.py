@@ -15,7 +15,7 @@ from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.records import NewChild
 from celery_batchtrack.vocabulary.states import Cause, Detector
-from tests.store.kit import HERE, Scene, killer
+from tests.store.kit import HERE, Scene
 
 STACK = '''Fatal Python error: Segmentation fault
 
@@ -48,7 +48,9 @@ OOM = Evidence(
     python_frame="resize.py:17 in decode",
 )  # fmt: skip
 
-HOSTILE = "<b>bold</b><script>alert(1)</script> \x1b[31mred\x1b[0m \u202eesrever\nline \x07 {{ 1 + 1 }} {% raw x %} '\"&"
+HOSTILE = (
+    "<b>bold</b><script>alert(1)</script> \x1b[31mred\x1b[0m \u202eesrever\nline \x07 {{ 1 + 1 }} {% raw x %} '\"&"
+)
 FORMULA = "=HYPERLINK(\"http://evil\",\"x\")"
 
 
@@ -71,15 +73,24 @@ def child(task: str, *items: str, at: int = 0) -> NewChild:
     return NewChild(task, str(uuid.uuid4()), f'{{"task": "{task}"}}', items, max(1, len(items)), queue="celery")
 
 
-def build(store: Store, seed: int = 7) -> Rich:
+def build(store: Store, seed: int = 7, *, hostile: bool = True) -> Rich:
+    """Without what is `hostile`, also for pictures."""
     scene, random_ = Scene(store), random.Random(seed)
-    scene.worker(HERE, id=scene.worker_id, name="invoices@web-3", pid=771)
-    scene.worker(replace(HERE, hostname="web-1"), name="invoices@web-1", pid=402)
+    scene.worker(replace(HERE, hostname="web-3"), id=scene.worker_id, name="invoices@web-3", pid=771, version="0.1.0")
+    scene.worker(replace(HERE, hostname="web-1"), name="invoices@web-1", pid=402, version="0.1.0")
     invoices, crashed, failed = _invoices(scene, random_)
+    _images(scene, random_, timedelta(days=2))
     return Rich(
-        scene, invoices, _images(scene, random_), _reindex(scene, random_), _paused(scene), _nested(scene),
-        _hostile(scene), crashed, failed,
+        scene, invoices, _images(scene, random_, timedelta(hours=2)), _reindex(scene, random_), _paused(scene),
+        _nested(scene), _hostile(scene) if hostile else invoices, crashed, failed,
     )  # fmt: skip
+
+
+def alive(scene: Scene) -> None:
+    """As if its workers had beaten just now, and a sweep been made."""
+    now = scene.store.current_time()
+    scene.execute(sa.update(schema.worker).values(beat_at=now, started_at=now - timedelta(hours=31)))
+    scene.execute(sa.update(schema.meta).values(swept_at=now, swept_by="invoices@web-1"))
 
 
 def _invoices(scene: Scene, random_: random.Random) -> tuple[uuid.UUID, int, int]:
@@ -105,24 +116,19 @@ def _invoices(scene: Scene, random_: random.Random) -> tuple[uuid.UUID, int, int
     return batch, crashes[0], failures[0]
 
 
-def _images(scene: Scene, random_: random.Random) -> uuid.UUID:
+def _images(scene: Scene, random_: random.Random, ago: timedelta) -> uuid.UUID:
     batch = scene.batch([child("shop.images.thumbnail", f"IMG-{at:05}.tif") for at in range(60)], tags=["import"])
     scene.set_batch(batch, name="thumbnails")
     for at in range(60):
         run = scene.run(batch, at)
         if at in (7, 44):
             scene.crash(run, evidence=replace(OOM, item=f"IMG-{at:05}.tif"))
-            for _ in range(2):
-                with scene.store.write() as connection:
-                    from celery_batchtrack.store.quarantine import count_kill
-
-                    count_kill(
-                        connection, "shop.images.thumbnail", killer(f"IMG-{at:05}.tif", 2, ""), ChildKey(batch, at), OOM
-                    )
+            item, key = f"IMG-{at:05}.tif", ChildKey(batch, at)
+            scene.kill(item, version="", task="shop.images.thumbnail", evidence=OOM, key=key)
         else:
             scene.complete(run)
     assert scene.store.finish(batch) is not None
-    spread(scene, batch, random_, minutes=30, until=timedelta(hours=2))
+    spread(scene, batch, random_, minutes=30, until=ago)
     return batch
 
 
@@ -148,7 +154,8 @@ def _paused(scene: Scene) -> uuid.UUID:
 def _nested(scene: Scene) -> uuid.UUID:
     outer = scene.batch([child("shop.importer.part", f"part-{at}") for at in range(3)])
     scene.set_batch(outer, name="import")
-    inner = scene.batch([child("shop.importer.row", f"row-{at}") for at in range(8)], parent_batch=outer, parent_position=1)
+    rows = [child("shop.importer.row", f"row-{at}") for at in range(8)]
+    inner = scene.batch(rows, parent_batch=outer, parent_position=1)
     scene.set_batch(inner, name="import part 1")
     scene.complete(scene.run(outer, 0))
     for at in range(5):

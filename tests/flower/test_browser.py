@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from celery_batchtrack.store import Store
 from celery_batchtrack.vocabulary.states import BatchStatus
 from tests.flower import processes, scenes
+from tests.flower.kit import served, shop
 from tests.flower.processes import NEWEST, Running
 from tests.helpers import ROOT, eventually
 from tests.servers import ServiceMissing, require
@@ -333,30 +335,36 @@ def _send(running: Running) -> Any:
 # -- pictures -----------------------------------------------------------------------------------------
 
 
-def test_pictures_of_the_pages(rich: scenes.Rich, rich_url: str, tab: Any, shoot: Any, request: pytest.FixtureRequest) -> None:
-    """For docs/flower.md; the pages of a database that no other test has touched."""
+def test_pictures_of_the_pages(
+    tab: Any, shoot: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For docs/flower.md."""
     if not request.config.getoption("--screenshots", default=False):
         pytest.skip("asked for with --screenshots")
-    from tests.flower.kit import served, shop
-
-    with served(shop(rich_url)) as site:
+    monkeypatch.chdir(tmp_path)
+    url = "sqlite:///batchtrack.db"
+    store = Store(url, auto_migrate=True)
+    rich = scenes.build(store, hostile=False)
+    with served(shop(url)) as site:
         running: Any = type("Site", (), {"url": f"http://127.0.0.1:{site.port}", "password": False})()
         shots = (
             ("flower-batches", "/batches", WIDE, "light", 640), ("flower-batches-dark", "/batches", WIDE, "dark", 640),
             ("flower-batch", f"/batch/{rich.invoices}?status=crashed", WIDE, "light", 1140),
             ("flower-child", f"/batch/{rich.invoices}/{rich.crashed}", WIDE, "light", 1000),
-            ("flower-crashes", "/batches/crashes", WIDE, "light", 560),
+            ("flower-cancel", f"/batch/{rich.invoices}?confirm=cancel", WIDE, "light", 640),
+            ("flower-crashes", "/batches/crashes", WIDE, "light", 820),
             ("flower-workers", "/batches/workers", WIDE, "light", 560),
-            ("flower-health", "/batches/health", WIDE, "light", 760),
+            ("flower-health", "/batches/health?check=1", WIDE, "light", 760),
             ("flower-batches-phone", "/batches", NARROW, "light", 844),
             ("flower-batch-phone", f"/batch/{rich.invoices}?status=crashed", NARROW, "dark", 844),
         )  # fmt: skip
         for name, path, width, scheme, height in shots:
+            scenes.alive(rich.scene)
             with tab(running, width, scheme, height) as seen:
                 seen.go(path)
+                if name == "flower-crashes":
+                    seen.page.locator("details.bt-sig", has_text="SIGSEGV").locator("summary").click()
                 shoot(seen, name)
-        with tab(running, WIDE, "light", 700) as seen:
-            seen.go(f"/batch/{rich.invoices}?confirm=cancel")
-            shoot(seen, "flower-cancel")
+    store.dispose()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import html
 import io
@@ -10,6 +11,7 @@ import re
 import threading
 import uuid
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
@@ -17,12 +19,17 @@ import sqlalchemy as sa
 from celery_batchtrack.store import Store
 from celery_batchtrack.surfaces.flower import svg, table
 from celery_batchtrack.surfaces.flower.loader import with_tab
+from celery_batchtrack.surfaces.flower.snapshots import Snapshots
 from celery_batchtrack.vocabulary.states import BatchStatus
 from tests.flower import scenes
 from tests.flower.kit import BASIC, OAUTH, Answer, Served, served, shop
 from tests.helpers import eventually
 
-AUTH: dict[str, dict[str, Any]] = {"none": {}, "basic": {"basic_auth": ["ann:pass"]}, "oauth": {"auth": ".*@example.com"}}
+AUTH: dict[str, dict[str, Any]] = {
+    "none": {}, "basic": {"basic_auth": ["ann:pass"]}, "oauth": {"auth": ".*@example.com"}
+}  # fmt: skip
+HARMFUL = ("<b>bold", "<script>alert", "<script>x", "<img src=x", "<i>tag", "<u>key", "\x1b", "\u202e", "\x07")
+API = "/api/batchtrack"
 PAGES = ("/batches", "/batches/crashes", "/batches/workers", "/batches/health", "/batches/sql/crash")
 
 
@@ -118,11 +125,11 @@ def test_health_is_told_and_a_scan_is_made_on_demand(site: Served) -> None:
 
 
 def test_names_stacks_and_identifiers_are_harmless(site: Served, rich: scenes.Rich) -> None:
-    paths = [*every_page(rich), f"/batch/{rich.hostile}", f"/batch/{rich.hostile}/1", "/batches?chip=all&search=<script>"]
+    hostile = f"/batch/{rich.hostile}"
+    paths = [*every_page(rich), hostile, f"{hostile}/1", "/batches?chip=all&search=<script>"]
     for path in paths:
         text = site.get(path).text
-        for harm in ("<b>bold", "<script>alert", "<script>x", "<img src=x", "<i>tag", "<u>key", "\x1b", "\u202e", "\x07"):
-            assert harm not in text, (path, harm)
+        assert [harm for harm in HARMFUL if harm in text] == [], path
         assert not re.search(r"\son[a-z]+\s*=\s*[\"']", re.sub(r'title="[^"]*"', "", text)), "no handlers in the page"
         scripts = re.findall(r"<script([^>]*)>(.*?)</script>", text, re.DOTALL)
         assert all("src=" in attributes and not body for attributes, body in scripts), "no script in the page"
@@ -140,12 +147,14 @@ def test_a_spreadsheet_runs_nothing_of_a_download(site: Served, rich: scenes.Ric
     assert len(list(csv.reader(io.StringIO(site.get(f"/batch/{rich.invoices}/children.csv").text)))) == 241
     for evil in ("=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "  =1"):
         assert table.cell(evil) == "'" + evil
-    assert [table.cell(value) for value in (-1, 1.5, None, True, ["a"], "a\0b")] == ["-1", "1.5", "", "true", '["a"]', "ab"]
+    cells = {-1: "-1", 1.5: "1.5", None: "", True: "true", "a\0b": "ab"}
+    assert {value: table.cell(value) for value in cells} == cells
 
 
 @pytest.mark.parametrize(
-    "path", ["/batch/nonsense", f"/batch/{uuid.uuid4()}", "/batch/%00", "/batches/sql/nonsense", f"/batch/{uuid.uuid4()}/7"]
-)  # fmt: skip
+    "path",
+    ["/batch/nonsense", f"/batch/{uuid.uuid4()}", "/batch/%00", "/batches/sql/nonsense", f"/batch/{uuid.uuid4()}/7"],
+)
 def test_what_is_not_there_is_said_with_a_way_back(site: Served, path: str) -> None:
     answer = site.get(path)
     assert answer.status in (400, 404) and 'href="/batches"' in answer.text and "Traceback" not in answer.text
@@ -181,27 +190,71 @@ def test_a_locked_database_holds_up_neither_flower_nor_its_threads(postgres_serv
     store = Store(url)
     with served(shop(url)) as site:
         assert site.get("/batches").status == 200
-        site.application.snapshots.patience = 1.0
+        snapshots = site.application.snapshots
+        snapshots.patience = 60.0
         with store.write() as connection:
-            connection.execute(sa.text("LOCK TABLE batchtrack_batch, batchtrack_meta IN ACCESS EXCLUSIVE MODE"))
-            ended: list[str] = []
+            connection.execute(sa.text("LOCK TABLE batchtrack_batch IN ACCESS EXCLUSIVE MODE"))
+            ended: list[int] = []
             asking = [_in_thread(site, f"/batches?search=s{at}", ended) for at in range(24)]
-            eventually(lambda: len(site.application.snapshots._answers) >= 24, what="reads that wait")
+            eventually(lambda: len(snapshots._answers) >= 24, what="reads that wait")
             for path in ("/healthcheck", "/workers"):
                 assert site.get(path).status == 200
             assert ended == [], "Flower answered while every page waited"
-            for each in asking:
-                each.join()
-            assert set(ended) == {"503"}
-            readers = [each for each in threading.enumerate() if each.name.startswith("batchtrack-read")]
-            assert 0 < len(readers) <= 8, "of this Flower and of the module's"
-        eventually(lambda: site.get("/batches").status == 200, what="an answer after the lock")
+            assert len(snapshots._readers._threads) == 4
+            snapshots.patience = 0.1
+            page = site.get("/batches?search=impatient")
+            assert page.status == 503 and "does not answer" in page.text
+            assert site.post(f"/batch/{uuid.uuid4()}", action="explode").status == 400, "nothing was asked of it"
+        for each in asking:
+            each.join()
+        assert len(ended) == 24 and set(ended) <= {200, 503}
+        snapshots.patience = 60.0
+        assert site.get("/batches").status == 200
     store.dispose()
     postgres_server.drop_database(url)
 
 
-def _in_thread(site: Served, path: str, ended: list[str]) -> threading.Thread:
-    thread = threading.Thread(target=lambda: ended.append(str(site.get(path).status)))
+def test_a_database_with_too_many_who_wait_is_asked_no_more(rich_url: str) -> None:
+    free = threading.Event()
+    with served(shop(rich_url)) as site:
+        snapshots = site.application.snapshots
+
+        async def fill() -> None:
+            for at in range(64):
+                snapshots._start(at, free.wait, 0.0)
+
+        site.loop.add_callback(fill)
+        eventually(lambda: len(snapshots._answers) == 64, what="reads that wait")
+        assert site.get("/batches").status == 503 and "wait already" in site.get("/batches").text
+        free.set()
+        eventually(lambda: site.get("/batches").status == 200, what="an answer again")
+
+
+def test_all_who_look_at_one_page_share_one_read(rich_url: str) -> None:
+    free, reads = threading.Event(), []
+
+    def read() -> str:
+        reads.append(1)
+        free.wait(30)
+        return "seen"
+
+    async def main() -> list[str]:
+        snapshots = Snapshots()
+        looking = [asyncio.ensure_future(snapshots.get("page", read)) for _ in range(50)]
+        await asyncio.sleep(0)
+        free.set()
+        found = await asyncio.gather(*looking)
+        found.append(await snapshots.get("page", read))
+        snapshots.forget()
+        found.append(await snapshots.get("page", read))
+        snapshots.close()
+        return found
+
+    assert asyncio.run(main()) == ["seen"] * 52 and len(reads) == 2
+
+
+def _in_thread(site: Served, path: str, ended: list[int]) -> threading.Thread:
+    thread = threading.Thread(target=lambda: ended.append(site.get(path).status))
     thread.start()
     return thread
 
@@ -310,10 +363,11 @@ def test_a_cancel_is_asked_for_twice(site: Served, rich: scenes.Rich) -> None:
 
 
 def test_rest_tells_what_the_pages_tell(site: Served, rich: scenes.Rich) -> None:
-    api = "/api/batchtrack"
+    api = API
     listed = site.get(f"{api}/batches?chip=crashed&limit=2").data
     assert len(listed["batches"]) == 2 and listed["next"]
-    assert listed["batches"] != site.get(f"{api}/batches?chip=crashed&limit=2&after={_quoted(listed['next'])}").data["batches"]
+    more = site.get(f"{api}/batches?chip=crashed&limit=2&after={quote(listed['next'])}").data["batches"]
+    assert not {each["id"] for each in more} & {each["id"] for each in listed["batches"]}
     page = site.get(f"{api}/batches/{rich.invoices}").data
     assert page["batch"]["name"] == "invoices" and page["batch"]["crashed"] == 3 and page["durations"]["count"] == 180
     assert site.get(f"{api}/batches/{rich.invoices}/signatures").data == page["signatures"]
@@ -321,8 +375,8 @@ def test_rest_tells_what_the_pages_tell(site: Served, rich: scenes.Rich) -> None
     assert [each["position"] for each in children] == [31, 118, 119] and children[0]["signal"] == "SIGSEGV"
     child = site.get(f"{api}/batches/{rich.invoices}/children/{rich.crashed}").data
     assert child["attempts"][0]["stack"].startswith("Fatal Python error")
-    rows = list(csv.DictReader(io.StringIO(site.get(f"{api}/batches/{rich.invoices}/children?format=csv&status=failed").text)))
-    assert [row["position"] for row in rows] == ["12", "77", "140", "141", "160"]
+    download = site.get(f"{api}/batches/{rich.invoices}/children?format=csv&status=failed").text
+    assert [row["position"] for row in csv.DictReader(io.StringIO(download))] == ["12", "77", "140", "141", "160"]
     assert {each["signal"] for each in site.get(f"{api}/crashes?signal=SIGKILL").data["signatures"]} == {"SIGKILL"}
     assert len(site.get(f"{api}/workers").data["workers"]) == 2
     assert site.get(f"{api}/health").status == 503, "one batch is paused, and nobody has swept"
@@ -340,7 +394,7 @@ def test_rest_gives_the_rows_of_every_view(site: Served, rich: scenes.Rich) -> N
     assert [each["item"] for each in found] == ["INV-20031"]
     ordered = site.get("/api/batchtrack/views/slowest?order_by=-seconds&limit=2").data
     assert ordered[0]["seconds"] >= ordered[1]["seconds"]
-    assert site.get("/api/batchtrack/views/crash?format=csv&limit=2").text.splitlines()[0].startswith("incident_id,batch_id")
+    assert site.get(f"{API}/views/crash?format=csv&limit=2").text.startswith("incident_id,batch_id,")
     for bad, status in (
         ("views/nonsense", 404), ("views/crash?nonsense=1", 400), ("views/crash?limit=x", 400), ("nonsense", 404),
         ("views/crash?batch_id=7", 400), ("views/crash?order_by=nonsense", 400), ("batches/nonsense", 404),
@@ -350,7 +404,7 @@ def test_rest_gives_the_rows_of_every_view(site: Served, rich: scenes.Rich) -> N
         assert answer.status == status and answer.data["error"], bad
 
 
-def test_rest_acts(own: str, rich: scenes.Rich, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rest_acts(own: str, rich: scenes.Rich) -> None:
     with served(shop(own), basic_auth=["ann:pass"]) as site:
         site.headers.update(BASIC)
         batch = f"/api/batchtrack/batches/{rich.paused}"
@@ -367,10 +421,21 @@ def test_rest_acts(own: str, rich: scenes.Rich, monkeypatch: pytest.MonkeyPatch)
         assert json.loads(site.post(f"/api/batchtrack/batches/{uuid.uuid4()}/pause").text)["status"] == 404
 
 
-def _quoted(text: str) -> str:
-    from urllib.parse import quote
-
-    return quote(text, safe="")
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_rest_takes_every_column_as_a_parameter(
+    database: str, rich_url: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWER_UNAUTHENTICATED_API", "true")
+    server = request.getfixturevalue("postgres_server") if database == "postgresql" else None
+    url = server.create_database(migrated=True) if server else rich_url
+    with served(shop(url)) as site:
+        for view in site.get(f"{API}/views").data:
+            for column in view["columns"] if view["name"] != "batchtrack_invariant" else ["kind"]:
+                for value in ("1", "x", str(uuid.uuid4()), "2026-11-25T00:00:00Z"):
+                    status = site.get(f"{API}/views/{view['name']}?limit=1&{column}={value}").status
+                    assert status in (200, 400), (view["name"], column, value)
+    if server:
+        server.drop_database(url)
 
 
 # -- small parts --------------------------------------------------------------------------------------
@@ -384,7 +449,7 @@ def test_no_segment_of_a_bar_is_invisible_and_none_is_full_too_early() -> None:
     full = svg.bar({**counts, "total": 10, "completed": 8, "failed": 1, "crashed": 1})
     assert full[-1].x + full[-1].width == pytest.approx(100)
     assert svg.bar({**counts, "total": 0}) == []
-    tiny = svg.bar({**{name: 1 for name in counts}, "total": 10**9})
+    tiny = svg.bar({**dict.fromkeys(counts, 1), "total": 10**9})
     assert len(tiny) == 5 and all(each.width >= svg.LEAST for each in tiny)
 
 

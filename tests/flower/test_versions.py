@@ -27,14 +27,15 @@ def test_pages_actions_and_api_on_every_version(flowers: Flowers, rich: scenes.R
     tab = re.search(r'<a [^>]*href="([^"]*)"[^>]*>\s*Batches', site.get("/workers").text)
     assert tab is not None and tab[1] == f"{site.prefix}/batches"
     batch, child = f"/batch/{rich.invoices}", f"/batch/{rich.invoices}/{rich.crashed}"
-    for path in ("/batches", "/batches/crashes", "/batches/workers", "/batches/health", "/batches/sql/crash", batch, child):
+    lists = ("/batches", "/batches/crashes", "/batches/workers", "/batches/health", "/batches/sql/crash")
+    for path in (*lists, batch, child):
         page = site.get(path)
         assert page.status == 200 and "bt-live" in page.text, path
         assert page.headers.get("Access-Control-Allow-Origin") is None, "no other site reads a page"
     assert site.get(f"/batch/{uuid.uuid4()}").status == 404
     assert site.get("/batchtrack/static/bt.css").status == 200
     assert "SIGSEGV" in site.get(child).text
-    assert f"-A cli_shop batchtrack repro" in site.get(child).text
+    assert "-A cli_shop batchtrack repro" in site.get(child).text
     api = "/api/batchtrack"
     assert site.get(f"{api}/batches/{rich.invoices}").data["batch"]["crashed"] == 3
     assert site.get(f"{api}/views/crash?limit=1").data[0]["signal"]

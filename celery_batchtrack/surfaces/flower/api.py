@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from tornado.routing import URLSpec
@@ -172,18 +173,42 @@ class OneView(ApiHandler):
         return {name: typed(name, self.asked(name) or "") for name in asked}
 
 
+#: Columns of text. Those that end so are ids, or moments; what else there is, is a number.
+_TEXT = frozenset((
+    "name", "status", "reason", "batch_name", "task", "task_id", "item", "signal", "cause", "python_frame", "stack",
+    "message", "note", "outcome", "worker", "hostname", "queue", "detected_by", "verdict", "fingerprint", "exception",
+    "traceback", "last_item", "kind", "pool", "version", "state", "lost_by", "slot", "worker_state", "detail",
+    "check_name", "parent_task", "parent_task_id", "description", "pause_reason",
+))  # fmt: skip
+_IDS = ("batch_id", "worker_id", "incident_id", "parent_batch")
+_MOMENTS = ("_at", "time", "since")
+_NOT_COMPARED = ("items", "tags", "metadata")
+
+
 def typed(name: str, text: str) -> Any:
     """A parameter's value as the column has it."""
-    if name.endswith(("batch_id", "worker_id", "incident_id")) or name == "parent_batch":
-        try:
+    if name in _TEXT:
+        return text
+    if name in _NOT_COMPARED:
+        raise Problem(400, "", f"{name} cannot be compared: ask with SQL")
+    try:
+        if name.endswith(_IDS):
             return uuid.UUID(text)
-        except ValueError:
-            raise Problem(400, "", f"{name} is an id such as 01989b5a-7c1e-7d2f-8000-000000000000") from None
-    if name.startswith("is_"):
-        return text.lower() in ("1", "true", "yes")
-    if name in ("position", "attempt", "pid", "rank", "round", "exit_code", "kind_count") and text.isdigit():
-        return int(text)
-    return text
+        if name.endswith(_MOMENTS):
+            moment = datetime.fromisoformat(text)
+            return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+        if name.startswith("is_"):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return _number(text)
+    except (ValueError, KeyError, OverflowError):
+        raise Problem(400, "", f"{name}={text[:60]!r} is nothing that {name} may be") from None
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    if abs(value) >= 2**31:  # more than the smallest of the columns can hold
+        raise ValueError(text)
+    return int(value) if value.is_integer() else value
 
 
 class Act(ApiHandler):

@@ -31,7 +31,7 @@ class Batches(PageHandler):
     async def get(self) -> None:
         chip, search = self.asked("chip") or "attention", (self.asked("search") or "").strip()[:500]
         if chip not in reading.CHIPS:
-            raise Problem(404, "Not found", f"There is no list {chip[:40]!r}: choose one of {', '.join(reading.CHIPS)}.")
+            raise Problem(404, "Not found", f"There is no list {chip[:40]!r}: there are {', '.join(reading.CHIPS)}.")
         after = self.asked("after")
         found, now = await self.reading(
             ("batches", chip, search, after),

@@ -14,7 +14,7 @@ from celery_batchtrack.surfaces.flower import svg
 from celery_batchtrack.surfaces.pages import how_it_died, seconds_between
 from celery_batchtrack.surfaces.render import _ESCAPE, clean, size
 
-NOTHING = "–"
+NOTHING = "\u2013"
 #: Characters of one value in a table, and of a text before "show all".
 CELL, TEXT = 120, 600
 #: Narrow and unbreakable: a number stays in one piece.
