@@ -23,7 +23,8 @@ from celery_batchtrack.surfaces.flower.snapshots import Snapshots
 from celery_batchtrack.vocabulary.states import BatchStatus
 from tests.flower import scenes
 from tests.flower.kit import BASIC, OAUTH, Answer, Served, served, shop
-from tests.helpers import eventually
+from tests.helpers import eventually, unique
+from tests.store.kit import Scene
 
 AUTH: dict[str, dict[str, Any]] = {
     "none": {}, "basic": {"basic_auth": ["ann:pass"]}, "oauth": {"auth": ".*@example.com"}
@@ -210,6 +211,27 @@ def test_a_locked_database_holds_up_neither_flower_nor_its_threads(postgres_serv
         assert len(ended) == 24 and set(ended) <= {200, 503}
         snapshots.patience = 60.0
         assert site.get("/batches").status == 200
+    store.dispose()
+    postgres_server.drop_database(url)
+
+
+def test_a_role_that_may_only_read_is_enough_to_look(postgres_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = postgres_server.create_database(migrated=True)
+    store, role = Store(url), unique("reader")
+    batch_id = Scene(store).batch(2)
+    with store.write() as connection:
+        for statement in (f"CREATE ROLE {role} LOGIN", f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}"):
+            connection.execute(sa.text(statement))
+    monkeypatch.setenv("FLOWER_UNAUTHENTICATED_API", "true")
+    with served(shop(url.replace("postgres@", f"{role}@"))) as site:
+        of_batch = (f"/batch/{batch_id}", f"/batch/{batch_id}/0", f"{API}/batches/{batch_id}", f"{API}/views/crash")
+        for path in (*PAGES, *of_batch):
+            assert site.get(path).status == 200, path
+        refused = site.post(f"/batch/{batch_id}", action="cancel")
+        assert refused.status == 503 and "grants" in refused.text
+    with store.write() as connection:
+        for statement in (f"DROP OWNED BY {role}", f"DROP ROLE {role}"):
+            connection.execute(sa.text(statement))
     store.dispose()
     postgres_server.drop_database(url)
 
