@@ -224,6 +224,21 @@ def test_an_item_is_released_in_the_browser(flowers: Flowers, tab: Any) -> None:
     store.dispose()
 
 
+def test_a_strict_content_security_policy_breaks_nothing(flowers: Flowers, rich: scenes.Rich, tab: Any) -> None:
+    with tab(flowers[NEWEST]) as seen:
+
+        def strict(route: Any) -> None:
+            answer = route.fetch()
+            policy = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'"
+            route.fulfill(response=answer, headers={**answer.headers, "content-security-policy": policy})
+
+        seen.page.route("**/batch**", strict)
+        for path in (f"/batch/{rich.invoices}", f"/batch/{rich.hostile}/0", "/batches", "/batches/crashes"):
+            seen.go(path)
+        seen.page.locator("details.bt-sig summary").first.click()
+        seen.refreshed()
+
+
 # -- refreshing ---------------------------------------------------------------------------------------
 
 

@@ -437,6 +437,12 @@ def test_rest_acts(own: str, rich: scenes.Rich) -> None:
         assert (retried["retried"], retried["round"]) == (2, 2)
         assert site.post(f"/api/batchtrack/batches/{rich.images}/retry").status == 409
         assert site.post(f"/api/batchtrack/batches/{rich.images}/retry", only="x").status == 400
+        site.headers["Content-Type"] = "application/json"
+        assert site.ask("POST", f"{API}/batches/{rich.images}/retry", headers={"Content-Length": "0"}).status == 409
+        assert site.send(f"{API}/batches/{rich.images}/retry", b'{"only": ["x"]}').status == 400
+        assert site.send(f"{API}/batches/{rich.images}/retry", b"[1]").status == 400
+        assert site.send(f"{API}/quarantine/release", b'{"item": "IMG-00007.tif"}').data["released"]
+        del site.headers["Content-Type"]
         released = site.post("/api/batchtrack/quarantine/release", item="IMG-00044.tif")
         assert released.status == 200 and released.data["released"][0]["item"] == "IMG-00044.tif"
         assert site.post("/api/batchtrack/quarantine/release", item="IMG-00044.tif").status == 404

@@ -18,6 +18,8 @@ from celery_batchtrack.vocabulary.states import Status
 
 logger = logging.getLogger("celery_batchtrack")
 
+#: What may be said of an action on a batch.
+OPTIONS = ("only", "queue", "callbacks", "terminate")
 _RETRIED = (Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
 

@@ -217,8 +217,7 @@ class Act(ApiHandler):
     async def post(self, text: str, name: str) -> None:
         self.guard_action()
         batch_id = await self.batch_id(text)
-        options = {key: self.get_argument(key, "") for key in ("only", "queue", "callbacks", "terminate")}
-        options = {key: value for key, value in options.items() if value}
+        options = self.given(actions.OPTIONS)
         extension, who = self.extension, self.who
         done = await self.snapshots.act(lambda: actions.on_batch(extension, name, batch_id, options, who))
         self.answer({"message": done.text, **done.data})
@@ -229,10 +228,7 @@ class Release(ApiHandler):
     @answering
     async def post(self) -> None:
         self.guard_action()
-        options = {
-            name: self.get_body_argument(name, self.get_query_argument(name, ""), strip=False)
-            for name in ("item", "task")
-        }
+        options = self.given(("item", "task"))
         extension, who = self.extension, self.who
         done = await self.snapshots.act(lambda: actions.release_item(extension, options, who))
         self.answer({"message": done.text, **done.data}, 200 if done.changed else 404)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from base64 import b64decode
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import quote, urlencode, urlparse
@@ -159,9 +161,14 @@ class Shared(BaseHandler):  # type: ignore[misc]
 
     @property
     def who(self) -> str:
-        """Who acts, for the log."""
+        """Who acts, for the log: whom Flower has let in."""
         user = self.current_user
-        return user if isinstance(user, str) else "somebody"
+        if isinstance(user, str):
+            return user
+        kind, _, credentials = self.request.headers.get("Authorization", "").partition(" ")
+        if not self.application.options.basic_auth or kind != "Basic":
+            return "somebody"
+        return b64decode(credentials).decode("utf-8", "replace").partition(":")[0]
 
     def tell(self, problem: Problem) -> None:
         raise NotImplementedError
@@ -242,6 +249,24 @@ class ApiHandler(Shared, BaseApiHandler):  # type: ignore[misc]
         self.set_header("Content-Type", "application/json; charset=UTF-8")
         self.set_header("Cache-Control", "no-cache, private")
         self.finish(jsonio.dumps(data) + "\n")
+
+    def given(self, names: Sequence[str]) -> dict[str, str]:
+        """Parameters of an action, from the address, a form or a JSON object. Lists become comma-separated."""
+        body: Any = {}
+        if self.request.headers.get("Content-Type", "").startswith("application/json") and self.request.body:
+            with contextlib.suppress(ValueError):
+                body = json.loads(self.request.body)
+            if not isinstance(body, dict) or not body:
+                raise Problem(400, "", "the body is no JSON object")
+        found = {name: self._one_given(body.get(name), name) for name in names}
+        return {name: value for name, value in found.items() if value}
+
+    def _one_given(self, value: Any, name: str) -> str:
+        if value is None:
+            return ",".join(self.get_arguments(name, strip=False))
+        if isinstance(value, bool):
+            return str(int(value))
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
     def tell(self, problem: Problem) -> None:
         self.answer({"error": problem.text, "status": problem.status}, problem.status)

@@ -74,8 +74,9 @@ class OneBatch(PageHandler):
         name = self.get_body_argument("action", "")
         if name not in actions.ON_BATCH:
             raise Problem(400, "Not understood", f"There is no action {name[:40]!r}.")
-        options = {key: self.get_body_argument(key, "") for key in ("only", "queue", "callbacks", "terminate")}
-        options = {key: value for key, value in options.items() if value}
+        options = {key: ",".join(self.get_body_arguments(key)) for key in ("only", "queue")}
+        if self.asked("callbacks"):
+            options = {"callbacks": "1"}
         extension, who = self.extension, self.who
         try:
             done = await self.snapshots.act(lambda: actions.on_batch(extension, name, batch_id, options, who))

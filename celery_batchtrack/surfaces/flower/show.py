@@ -184,6 +184,11 @@ def no_stack(incident: Mapping[str, Any]) -> str:
     return why_no_stack(incident)
 
 
+def may_call_again(batch: Mapping[str, Any], callbacks: Sequence[Mapping[str, Any]]) -> bool:
+    now = [each for each in callbacks if each["round"] == batch["round"]]
+    return not open_batch(batch) and any(each["status"] in ("failed", "crashed", "cancelled") for each in now)
+
+
 def quoted(value: object) -> str:
     """A value in SQL that people copy."""
     if isinstance(value, int):

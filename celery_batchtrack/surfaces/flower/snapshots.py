@@ -89,6 +89,8 @@ class Snapshots:
         """Something that changes the database, after which everything is read anew."""
         try:
             return await _in_time(asyncio.get_running_loop().run_in_executor(self._actors, do), ACTION_PATIENCE)
+        except Silent:
+            raise Silent(f"not done after {ACTION_PATIENCE:g} s: it goes on by itself, look again later") from None
         finally:
             self.forget()
 
