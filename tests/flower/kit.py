@@ -129,7 +129,7 @@ def served(capp: Celery, **options: Any) -> Iterator[Served]:
     try:
         yield found
     finally:
-        found.application.snapshots.close()
+        found.application.close_pages()
         found.loop.add_callback(found.loop.asyncio_loop.stop)
         thread.join(30)
 

@@ -45,10 +45,16 @@ def extended(base: type[Any]) -> type[Any]:
             self.capp.finalize()
             self.batchtrack_app = _named()
             with contextlib.suppress(errors.BatchTrackError):  # each page says what is missing
-                _serve_metrics(BatchTrack.of(self.capp))
+                if (metrics := _metrics()) is not None:
+                    metrics.register(BatchTrack.of(self.capp))  # in Flower's own /metrics
+
+        def close_pages(self) -> None:
+            self.snapshots.close()
+            if (metrics := _metrics()) is not None:
+                metrics.unregister()
 
         def stop(self) -> None:
-            self.snapshots.close()
+            self.close_pages()
             super().stop()
 
     return BatchFlower
@@ -61,10 +67,9 @@ def _named() -> str | None:
     return shlex.quote(named) if isinstance(named, str) else None
 
 
-def _serve_metrics(extension: BatchTrack) -> None:
-    """Ours in Flower's own ``/metrics``."""
+def _metrics() -> Any:
     with contextlib.suppress(ImportError):
-        importlib.import_module("celery_batchtrack.surfaces.metrics").register(extension)
+        return importlib.import_module("celery_batchtrack.surfaces.metrics")
 
 
 def prefixed(specs: list[URLSpec], prefix: str | None) -> list[Any]:
