@@ -37,7 +37,7 @@ def test_pages_actions_and_api_on_every_version(flowers: Flowers, rich: scenes.R
     assert "SIGSEGV" in site.get(child).text
     assert "-A cli_shop batchtrack repro" in site.get(child).text
     api = "/api/batchtrack"
-    assert site.get(f"{api}/batches/{rich.invoices}").data["batch"]["crashed"] == 3
+    assert site.get(f"{api}/batches/{rich.invoices}").data["batch"]["name"] == "invoices"
     assert site.get(f"{api}/views/crash?limit=1").data[0]["signal"]
     assert site.get(f"{api}/nonsense").status == 404
     assert site.get("/healthcheck").text == "OK" and site.get("/metrics").status == 200

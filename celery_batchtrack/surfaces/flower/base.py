@@ -53,6 +53,7 @@ class Problem(Exception):
 def problem_of(error: Exception) -> Problem:
     """What to tell of an error of ours."""
     text = clean(error)
+    text = text[:1].upper() + text[1:]
     if isinstance(error, Problem):
         return error
     if isinstance(error, errors.BatchNotFound):
