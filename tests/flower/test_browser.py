@@ -264,17 +264,26 @@ def test_a_page_refreshes_itself_and_keeps_what_the_reader_did(flowers: Flowers,
         assert page.locator("details.bt-sig[open]").count() == 1
         assert page.locator("input[name=item]").input_value() == "half typ"
         assert page.evaluate("document.activeElement.name") == "item" and page.evaluate("window.scrollY") == 300
-        _hide(page, True)
-        before = seen.refreshes()
-        page.evaluate("new Promise(done => setTimeout(done, 2500))")  # of the browser's: longer than two refreshes
-        assert seen.refreshes() == before, "nobody looks"
-        _hide(page, False)
-        seen.refreshed()
         scene.complete(scene.run(batch, 5, worker=worker))
         assert store.finish(batch) is not None
         page.locator("#bt-pulse[data-state=ended]").wait_for()
         assert page.get_by_role("link", name="Retry…").is_visible(), "what can be done has changed too"
     store.dispose()
+
+
+def test_what_nobody_looks_at_is_not_refreshed(flowers: Flowers, tab: Any) -> None:
+    with tab(flowers[NEWEST]) as seen:
+        page = seen.page
+        page.clock.install()
+        seen.go("/batches")
+        with page.expect_response("**/batches?fragment=1"):
+            page.clock.run_for(2_500)
+        _hide(page, True)
+        before = seen.refreshes()
+        page.clock.run_for(600_000)
+        assert seen.refreshes() == before
+        with page.expect_response("**/batches?fragment=1"):
+            _hide(page, False)
 
 
 def _hide(page: Any, hidden: bool) -> None:

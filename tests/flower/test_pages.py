@@ -334,6 +334,9 @@ def test_actions_need_what_flower_needs(own: str, rich: scenes.Rich) -> None:
     with served(shop(own)) as site:
         foreign = {"Sec-Fetch-Site": "cross-site"}
         assert site.post(path, foreign, action="cancel").status == 403, "also where Flower itself asks for nothing"
+        proxied = {"Origin": "https://ops.example", "X-Forwarded-Host": "ops.example"}
+        assert site.post(path, proxied, action="resume").status == 303
+        assert site.post(path, {**proxied, "Origin": "https://evil.example"}, action="cancel").status == 403
     assert status.progress(rich.paused).status == BatchStatus.RUNNING
 
 

@@ -154,11 +154,14 @@ class Shared(BaseHandler):  # type: ignore[misc]
         if self.read_only:
             raise Problem(403, "Read-only", "Flower runs in read-only mode: nothing can be changed from here.")
         site, origin = self.request.headers.get("Sec-Fetch-Site"), self.request.headers.get("Origin")
+        # A proxy may have put its own name in the place of Host; a page cannot set the other header for another site.
+        hosts = (self.request.host, self.request.headers.get("X-Forwarded-Host"))
         foreign = site not in (None, "same-origin", "none") or (
-            site is None and origin is not None and urlparse(origin).netloc != self.request.host
+            site is None and origin is not None and urlparse(origin).netloc not in hosts
         )
         if foreign:
-            raise Problem(403, "Refused", "The request came from another site.")
+            advice = ("Behind a proxy, let that pass Host or X-Forwarded-Host on.",)
+            raise Problem(403, "Refused", "The request came from another site.", advice)
 
     @property
     def who(self) -> str:
