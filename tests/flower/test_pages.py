@@ -8,6 +8,8 @@ import html
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
 import uuid
 from typing import Any
@@ -23,7 +25,7 @@ from celery_batchtrack.surfaces.flower.snapshots import Snapshots
 from celery_batchtrack.vocabulary.states import BatchStatus
 from tests.flower import scenes
 from tests.flower.kit import BASIC, OAUTH, Answer, Served, served, shop
-from tests.helpers import eventually, unique
+from tests.helpers import ROOT, eventually, unique
 from tests.store.kit import Scene
 
 AUTH: dict[str, dict[str, Any]] = {
@@ -201,7 +203,7 @@ def test_a_locked_database_holds_up_neither_flower_nor_its_threads(postgres_serv
             for path in ("/healthcheck", "/workers"):
                 assert site.get(path).status == 200
             assert ended == [], "Flower answered while every page waited"
-            assert len(snapshots._readers._threads) == 4
+            assert len(snapshots.readers.threads) == 4
             snapshots.patience = 0.1
             page = site.get("/batches?search=impatient")
             assert page.status == 503 and "does not answer" in page.text
@@ -250,6 +252,19 @@ def test_a_database_with_too_many_who_wait_is_asked_no_more(rich_url: str) -> No
         assert site.get("/batches").status == 503 and "wait already" in site.get("/batches").text
         free.set()
         eventually(lambda: site.get("/batches").status == 200, what="an answer again")
+
+
+def test_a_read_that_hangs_does_not_keep_flower_from_ending() -> None:
+    code = (
+        "import asyncio, threading\nfrom celery_batchtrack.surfaces.flower.snapshots import Silent, Snapshots\n"
+        "async def main():\n"
+        "    try: await Snapshots().get('page', threading.Event().wait, patience=0.01)\n"
+        "    except Silent: print('silent')\n"
+        "asyncio.run(main())\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "silent\n"
 
 
 def test_all_who_look_at_one_page_share_one_read(rich_url: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import queue
+import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +29,39 @@ class Silent(errors.DatabaseUnavailable):
     """The database has not answered in time."""
 
 
+class Pool:
+    """A few threads that work comes to in turn. Unlike those of `concurrent.futures`, one that hangs in a database does
+    not keep Flower from ending."""
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most, self._name = most, name
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self.threads: list[threading.Thread] = []
+
+    def do(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """From the loop's thread alone."""
+        future: Future[T] = Future()
+        self._work.put((future, work))
+        if len(self.threads) < self._most:
+            self.threads.append(threading.Thread(target=self._run, name=self._name, daemon=True))
+            self.threads[-1].start()
+        return asyncio.wrap_future(future)
+
+    def _run(self) -> None:
+        while (given := self._work.get()) is not None:
+            future, work = given
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 (whoever waits for it sees it)
+                future.set_exception(error)
+
+    def close(self) -> None:
+        for _ in self.threads:
+            self._work.put(None)
+
+
 @dataclass
 class _Answer:
     future: asyncio.Future[Any]
@@ -43,8 +78,7 @@ class Snapshots:
     def __init__(self, *, keep: float = KEEP, patience: float = PATIENCE) -> None:
         self.keep, self.patience = keep, patience
         self._answers: dict[Hashable, _Answer] = {}
-        self._readers = ThreadPoolExecutor(_THREADS, "batchtrack-read")
-        self._actors = ThreadPoolExecutor(2, "batchtrack-act")
+        self.readers, self.actors = Pool(_THREADS, "batchtrack-read"), Pool(2, "batchtrack-act")
 
     async def get(
         self, key: Hashable, read: Callable[[], T], *, keep: float | None = None, patience: float | None = None
@@ -74,7 +108,7 @@ class Snapshots:
             del self._answers[old]
         if sum(answer.done_at is None for answer in self._answers.values()) >= _WAITING:
             raise Silent(f"{_WAITING} reads of the tracking database wait already")
-        answer = _Answer(asyncio.get_running_loop().run_in_executor(self._readers, read), keep)
+        answer = _Answer(self.readers.do(read), keep)
         self._answers[key] = answer
 
         def done(future: asyncio.Future[Any]) -> None:
@@ -88,7 +122,7 @@ class Snapshots:
     async def act(self, do: Callable[[], T]) -> T:
         """Something that changes the database, after which everything is read anew."""
         try:
-            return await _in_time(asyncio.get_running_loop().run_in_executor(self._actors, do), ACTION_PATIENCE)
+            return await _in_time(self.actors.do(do), ACTION_PATIENCE)
         except Silent:
             raise Silent(f"not done after {ACTION_PATIENCE:g} s: it goes on by itself, look again later") from None
         finally:
@@ -99,8 +133,8 @@ class Snapshots:
         self._answers.clear()
 
     def close(self) -> None:
-        for pool in (self._readers, self._actors):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self.readers.close()
+        self.actors.close()
 
 
 def _now() -> float:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import io
 import json
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
+
+from tornado.iostream import StreamClosedError
 
 from celery_batchtrack.surfaces import jsonio, reading
 from celery_batchtrack.vocabulary.records import isoformat
@@ -51,6 +55,16 @@ def begin(handler: Any, name: str) -> None:
     handler.set_header("Cache-Control", "no-store")
 
 
+def until_the_reader_goes(send: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(send)
+    async def wrapper(*args: Any) -> None:
+        with contextlib.suppress(StreamClosedError):
+            await send(*args)
+
+    return wrapper
+
+
+@until_the_reader_goes
 async def send(handler: Any, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Rows that are all there."""
     begin(handler, name)
@@ -61,6 +75,7 @@ async def send(handler: Any, name: str, rows: Sequence[Mapping[str, Any]], colum
     handler.finish()
 
 
+@until_the_reader_goes
 async def send_children(handler: Any, batch_id: uuid.UUID, chosen: Mapping[str, Any]) -> None:
     """All children of a batch that the filters leave, read page by page: memory does not grow with the batch."""
     after, columns = chosen["after"], None
