@@ -22,6 +22,7 @@ from celery_batchtrack.store import Store
 from celery_batchtrack.surfaces.flower import svg, table
 from celery_batchtrack.surfaces.flower.loader import with_tab
 from celery_batchtrack.surfaces.flower.snapshots import Snapshots
+from celery_batchtrack.surfaces.reading import CHIPS
 from celery_batchtrack.vocabulary.states import BatchStatus
 from tests.flower import scenes
 from tests.flower.kit import BASIC, OAUTH, Answer, Served, served, shop
@@ -38,6 +39,12 @@ PAGES = ("/batches", "/batches/crashes", "/batches/workers", "/batches/health", 
 
 def every_page(rich: scenes.Rich) -> list[str]:
     return [*PAGES, f"/batch/{rich.invoices}", f"/batch/{rich.invoices}/{rich.crashed}", f"/batch/{rich.hostile}/0"]
+
+
+def queries_in(texts: list[str]) -> set[str]:
+    """The SQL that pages show."""
+    found = (re.findall(r'<code class="bt-sql-text">([^<]*)', page) for page in texts)
+    return {html.unescape(text) for each in found for text in each}
 
 
 def plain(answer: Answer) -> str:
@@ -101,8 +108,7 @@ def test_a_fragment_is_the_page_without_its_frame_and_the_same_for_all(site: Ser
 
 def test_every_table_says_which_query_is_behind_it(site: Served, rich: scenes.Rich) -> None:
     texts = [site.get(path).text for path in (*PAGES[:4], f"/batch/{rich.invoices}", f"/batch/{rich.images}")]
-    found = (re.findall(r'<code class="bt-sql-text">([^<]*)', page) for page in texts)
-    queries = {html.unescape(text) for each in found for text in each}
+    queries = queries_in(texts)
     assert len(queries) >= 10
     with rich.scene.store.read() as connection:
         for query in queries:
@@ -122,6 +128,28 @@ def test_health_is_told_and_a_scan_is_made_on_demand(site: Served) -> None:
     site.get("/batches/health?check=1")
     shown = eventually(lambda: "tally_equals_rows" in site.get("/batches/health").text, what="findings of the scan")
     assert shown
+
+
+def test_pages_and_their_queries_on_postgresql(postgres_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOWER_UNAUTHENTICATED_API", "true")
+    url = postgres_server.create_database(migrated=True)
+    store = Store(url)
+    rich = scenes.build(store)
+    batch = f"{API}/batches/{rich.invoices}"
+    with served(shop(url)) as site:
+        lists = [f"/batches?chip={chip}" for chip in CHIPS]
+        lists += ["/batches?chip=all&search=INV-20031", "/batches?search=01"]
+        filters = [f"/batch/{rich.invoices}?{name}=INV-20012" for name in ("item", "worker", "fingerprint")]
+        api = [batch, f"{batch}/children", f"{batch}/children/31", f"{API}/crashes?signal=SIGKILL", f"{API}/workers"]
+        more = [f"/batch/{rich.invoices}/children.csv", f"{API}/invariants"]
+        for path in (*every_page(rich), *lists, *filters, *api, *more):
+            assert site.get(path).status == 200, path
+        texts = [site.get(path).text for path in (*PAGES[:4], f"/batch/{rich.invoices}", f"/batch/{rich.invoices}/31")]
+    with store.read() as connection:
+        for query in queries_in(texts):
+            assert connection.execute(sa.text(query)).all() is not None
+    store.dispose()
+    postgres_server.drop_database(url)
 
 
 # -- bad input ----------------------------------------------------------------------------------------
