@@ -31,7 +31,7 @@ from celery_batchtrack.vocabulary.crash_policy import RowPolicy
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow
 from celery_batchtrack.vocabulary.settings import Settings
 
-from . import codec, configuration, declare, django_database, narrate, rows, signatures, worker
+from . import codec, configuration, declare, django_database, labels, narrate, rows, signatures, worker
 from .attendant import Attendant, Pulse
 from .backend import AppBackend, TablesBackend
 from .capture import Capture, Captures, Hook
@@ -151,6 +151,7 @@ class BatchTrack:
         app.steps["consumer"].add(worker.UndecodableStep)
         app.steps["consumer"].add(worker.LoopStep)
         worker.connect(self)
+        labels.watch(self)
         self._define_tasks()
         app.on_after_configure.connect(self._schedule, weak=False)
         app.on_after_finalize.connect(self._finalized, weak=False)
@@ -301,6 +302,11 @@ class BatchTrack:
     @property
     def store(self) -> Store:
         return self.tracker.store
+
+    def labels_messages(self, store_id: uuid.UUID) -> bool:
+        """Whether messages of that store's batches are this app's, and are to be found in Flower."""
+        tracker = self._tracker
+        return tracker is not None and tracker.settings.flower_labels and tracker.store.known_store_id == store_id
 
     def reset(self) -> None:
         """Forget settings and connections, so that a changed configuration counts. For tests and scripts."""

@@ -13,6 +13,7 @@ from celery_batchtrack import errors
 from celery_batchtrack.surfaces import (
     crash_cli,
     doctor_cli,
+    flower_cli,
     jsonio,
     life_cli,
     metrics_cli,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from celery_batchtrack.store import Store
     from celery_batchtrack.vocabulary.records import ChildRow
 
-__all__ = ["batchtrack", "crash_cli", "doctor_cli", "life_cli", "metrics_cli", "view_cli", "watch_cli"]
+__all__ = ["batchtrack", "crash_cli", "doctor_cli", "flower_cli", "life_cli", "metrics_cli", "view_cli", "watch_cli"]
 
 
 # -- looking --------------------------------------------------------------------------------------

@@ -43,8 +43,11 @@ _SAID = {"pause": "action=batch_paused", "resume": "action=batch_resumed", "doct
 class Command(click.Command):
     """Says what went wrong in one line on standard error, with an exit code that scripts can tell apart."""
 
+    #: Warnings of ours go to standard error where the application logs nowhere.
+    shows_warnings = True
+
     def invoke(self, ctx: click.Context) -> Any:
-        with _logs_on_stderr(_SAID.get(self.name or "")):
+        with _logs_on_stderr(_SAID.get(self.name or "")) if self.shows_warnings else contextlib.nullcontext():
             try:
                 return super().invoke(ctx)
             except (errors.BatchTrackError, CeleryImproperlyConfigured) as error:

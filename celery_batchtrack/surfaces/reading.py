@@ -230,7 +230,8 @@ def crashes(store: Store, *, task: str | None = None, signal: str | None = None,
     for row, signature in zip(rows, found, strict=True):
         row["counts"] = dict(zip(WINDOWS, signature.counts, strict=True))
     version_now = {(each.task, each.item): each.state for each in store.quarantine_list()}
-    repeated = [each for each in store.crash_groups("item", since=_WEEK, limit=50) if each.deaths > 1]
+    groups = store.crash_groups("item", since=_WEEK, limit=50)
+    repeated = [each for each in groups if each.deaths > 1 or (each.task, each.key) in version_now]
     last = _last_of(store, [each.key for each in repeated])
     return {
         "signatures": rows,

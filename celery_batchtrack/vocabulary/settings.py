@@ -269,6 +269,19 @@ class Settings:
         "boolean",
         "where the application has loaded OpenTelemetry: spans of batches and deaths, attributes of children's spans",
     )
+    flower_labels: bool = _setting(
+        True,
+        _boolean,
+        "boolean",
+        "messages name their batch and child in what Flower's Tasks tab shows of their keyword arguments, so that it "
+        "finds them; the task itself sees nothing of it",
+    )
+    flower_require_auth: bool = _setting(
+        False,
+        _boolean,
+        "boolean",
+        "the pages in Flower are refused where Flower has neither `--basic-auth` nor `--auth`",
+    )
     blackbox_dir: str | None = _setting(
         None,
         _optional_text,

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "celery_batchtrack"
 NAME = PACKAGE.name
 #: From the ground up. What is not named here belongs to the glue: the package's own face, its signals.
-LAYERS = {"errors": 0, "vocabulary": 0, "store": 1, "behaviour": 2, "surfaces": 4}
+LAYERS = {"errors": 0, "vocabulary": 0, "store": 1, "behaviour": 2, "surfaces": 4, "flower_plugin": 4}
 GLUE = 3
 LAYER_NAMES = ("vocabulary", "store", "behaviour", "glue", "surfaces")
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "migrations/versions" not in path.as_posix())
