@@ -338,8 +338,8 @@ FROM (
         AND (w.stopped_at IS NOT NULL OR w.lost_at IS NOT NULL)) AS opener_gone,
       ({dead}) AS dead_since,
       (SELECT count(*) FROM batchtrack_child c WHERE {runs}) AS running,
-      coalesce((SELECT sum(total - completed - failed - crashed - cancelled) FROM batchtrack_tally t
-        WHERE t.batch_id = b.id), 0) AS open,
+      CAST(coalesce((SELECT sum(total - completed - failed - crashed - cancelled) FROM batchtrack_tally t
+        WHERE t.batch_id = b.id), 0) AS bigint) AS open,
       b.status = 'running' AND EXISTS ({due}) AS is_due,
       {words.latest("coalesce(b.finished_at, b.started_at, b.created_at)",
                     "coalesce((SELECT max(o.time) FROM batchtrack_outcome o WHERE o.batch_id = b.id), b.created_at)")}
