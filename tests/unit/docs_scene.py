@@ -1,12 +1,13 @@
 """What the documentation's queries and commands find: four batches of a shop, on either database.
 
-``letters`` ended three days ago. ``articles`` runs now, and its first document is one that has killed before. ``thumbnails``
-was paused by hand; ``imports`` was never sealed, and who was filling it is gone. Times and durations are forged
-afterwards, so that each query has one answer.
+``letters`` ended three days ago. ``articles`` runs now, and its first document is one that has killed before.
+``thumbnails`` was paused by hand; ``imports`` was never sealed, and who was filling it is gone. Times and durations are
+forged afterwards, so that each query has one answer.
 """
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import sqlalchemy as sa
 
 from celery_batchtrack.store import Store, schema
 from celery_batchtrack.store.clock import later
+from celery_batchtrack.vocabulary.durations import bucket
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
 from celery_batchtrack.vocabulary.records import Ending, HostIdentity, NewBatch, NewChild, NewWorker
@@ -57,7 +59,7 @@ def _error(worker: uuid.UUID) -> Evidence:
 
 
 def _children(task: str, *documents: Sequence[str]) -> list[NewChild]:
-    signature = '{"task": "%s", "args": [], "kwargs": {}}' % task
+    signature = json.dumps({"task": task, "args": [], "kwargs": {}})
     return [NewChild(task, str(uuid.uuid4()), signature, tuple(each), len(each)) for each in documents]
 
 
@@ -160,7 +162,7 @@ class DocsScene:
         self._set(schema.child, {"batch_id": batch_id, "position": position}, **ended)
         self._set(
             schema.outcome, {"batch_id": batch_id, "shard": position % 16, "detail": ""},
-            seconds=seconds, seconds_max=seconds, bucket=_bucket(seconds),
+            seconds=seconds, seconds_max=seconds, bucket=bucket(seconds),
         )  # fmt: skip
 
     def _move(self, batch_id: uuid.UUID, ago: float, hour: datetime) -> None:
@@ -173,8 +175,3 @@ class DocsScene:
         self._set(schema.incident, {"batch_id": batch_id}, detected_at=at, died_at=later(-ago - 0.2))
         self._set(schema.outcome, {"batch_id": batch_id}, time=hour)
 
-
-def _bucket(seconds: float) -> int:
-    from celery_batchtrack.vocabulary.durations import bucket
-
-    return bucket(seconds)

@@ -1,4 +1,4 @@
-"""The views' columns and their types, as docs/sql.md shows them; `test_docs_sql` asks the databases whether it is so."""
+"""The views' columns and their types, as docs/sql.md shows them; `test_docs_sql` asks the databases if it is so."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _WORDS = {
     "time": "time since",
     "boolean": "is_crash",
     "number": "detection_seconds crash_percent items_per_second lease",
-    "integer": "round total done pending running completed failed crashed cancelled done_percent parent_position priority"
-    " position exit_code attempt pid peak_memory occurrences crashes batches hosts last_position children rank"
+    "integer": "round total done pending running completed failed crashed cancelled done_percent parent_position"
+    " priority position exit_code attempt pid peak_memory occurrences crashes batches hosts last_position children rank"
     " crashes_24h open violations",
 }
 _TYPES = {name: kind for kind, names in _WORDS.items() for name in names.split()}

@@ -1,8 +1,8 @@
 """The queries of the documentation run on both databases and find what is written below them; the views' columns have
 the types that docs/sql.md says.
 
-A block that starts with ``-- PostgreSQL`` or ``-- SQLite`` runs there only. A table right behind a query is what it finds on
-the scene of `docs_scene`: ``…`` stands for anything but NULL, an empty cell for NULL.
+A block that starts with ``-- PostgreSQL`` or ``-- SQLite`` runs there only. A table right behind a query is what it
+finds on the scene of `docs_scene`: ``…`` stands for anything but NULL, an empty cell for NULL.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def _kinds_on_sqlite(store: Store, relation: str) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for at, name in enumerate(names):
         value = next((row[at] for row in values if row[at] is not None), None)
-        found[name] = None if value is None else _kind_of(value, type_of(VIEWS[relation.removeprefix("batchtrack_")], name))
+        wanted = type_of(VIEWS[relation.removeprefix("batchtrack_")], name)
+        found[name] = None if value is None else _kind_of(value, wanted)
     return found
 
 
