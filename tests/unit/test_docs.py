@@ -3,9 +3,8 @@
 Parts between ``<!-- generated: name -->`` and ``<!-- end generated -->`` are written by
 ``python -m tests.unit.test_docs``. A ``python`` block is run as a script in a folder of its own;
 ``<!-- setup: name -->`` before it puts a preamble before it, ``<!-- not executed: reason -->`` leaves it out.
-An ``sql`` block runs on a store with a crashed child; one that starts with ``-- PostgreSQL`` or ``-- SQLite``
-runs there only. The commands of a ``console`` block are run on such a store, too; ``<!-- exit: 1 -->`` before it says
-with which exit code.
+``sql`` blocks are in `test_docs_sql`. The commands of a ``console`` block are run on a store with a crashed child;
+``<!-- exit: 1 -->`` before it says with which exit code.
 """
 
 from __future__ import annotations
@@ -15,26 +14,19 @@ import re
 import shlex
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 import yaml
 from celery.app.task import Task
 
-from celery_batchtrack.behaviour.identity import WorkerIdentity
-from celery_batchtrack.store import Store
 from celery_batchtrack.store.schema import metadata
 from celery_batchtrack.store.verify import CHECKS
 from celery_batchtrack.store.views import VIEWS
 from celery_batchtrack.surfaces import figures
 from celery_batchtrack.vocabulary.crash_policy import CrashPolicy, Death, RowPolicy, judge
-from celery_batchtrack.vocabulary.evidence import Evidence
-from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
-from celery_batchtrack.vocabulary.records import NewBatch, NewChild
 from celery_batchtrack.vocabulary.settings import PREFIX, Settings
 from celery_batchtrack.vocabulary.states import (
     BATCH_ENDED,
@@ -45,9 +37,10 @@ from celery_batchtrack.vocabulary.states import (
     Cause,
     Detector,
     Status,
-    Verdict,
 )
 from tests.integration.cli_kit import invoke, make_app
+from tests.unit.docs_scene import store_with_a_crash
+from tests.unit.docs_views import views
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "celery_batchtrack"
@@ -155,7 +148,7 @@ def alerts() -> str:
 
 
 GENERATED: dict[str, Callable[[], str]] = {
-    each.__name__: each for each in (child_states, batch_states, as_acks, checks, metrics, alerts)
+    each.__name__: each for each in (child_states, batch_states, as_acks, checks, metrics, alerts, views)
 } | {"settings": settings_table}
 
 _GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
@@ -278,58 +271,6 @@ def test_every_python_sample_runs(block: Block, tmp_path: Path) -> None:
 def test_what_is_left_out_says_why() -> None:
     for block in blocks("python"):
         assert not block.remark.startswith("not executed") or re.match(r"not executed: \w+", block.remark), block
-
-
-# -- SQL
-
-
-def store_with_a_crash(url: str) -> tuple[Store, uuid.UUID]:
-    """One batch of two children with two items each, the first of which died of SIGSEGV."""
-    store = Store(url)
-    store.migrate()
-    batch_id = uuid7()
-    worker = WorkerIdentity("docs@host")
-    store.register(worker.as_new_worker(60.0, "0"))
-    children = [
-        NewChild(
-            task="docs.parse", task_id=f"task-{at}", signature="{}", items=(f"PMC:{at}0", f"PMC:{at}1"), item_count=2
-        )
-        for at in range(2)
-    ]
-    options = {"tolerance": 1, "callback_arg": "results", "results": "store"}
-    store.create(NewBatch(batch_id, "docs", "{}", options), children, seal=True)
-    token, key = new_token(), ChildKey(batch_id, 0)
-    store.claim(key, 0, token, worker.id, "1:1:1:0")
-    row = store.child(key)
-    assert row is not None
-    evidence = Evidence(Cause.SIGNAL, signal="SIGSEGV", item="PMC:01", item_index=1, detected_by=Detector.MAIN)
-    store.crash(row, evidence, Verdict.OBSERVED, None)
-    return store, batch_id
-
-
-def sql_blocks(dialect: str) -> list[Block]:
-    other = {"postgresql": "-- SQLite", "sqlite": "-- PostgreSQL"}[dialect]
-    return [each for each in blocks("sql") if not each.code.startswith(other)]
-
-
-def run_sql(url: str, dialect: str) -> None:
-    store, batch_id = store_with_a_crash(url)
-    with store.engine.connect() as connection:
-        for block in sql_blocks(dialect):
-            given = {"id": str(batch_id)} if ":id" in block.code else {}
-            rows = connection.execute(sa.text(block.code), given).all()
-            assert rows, f"{block} finds nothing"
-            if "GROUP BY item" in block.code:
-                assert [tuple(row[:2]) for row in rows] == [("PMC:01", 1)], block
-    store.dispose()
-
-
-def test_every_sql_sample_runs_on_sqlite(sqlite_url: str) -> None:
-    run_sql(sqlite_url, "sqlite")
-
-
-def test_every_sql_sample_runs_on_postgresql(postgres_url: str) -> None:
-    run_sql(postgres_url, "postgresql")
 
 
 def test_tables_are_named_as_they_are() -> None:
@@ -457,8 +398,8 @@ def test_every_log_action_is_explained() -> None:
 
 def test_every_setting_that_is_named_exists() -> None:
     known = {PREFIX + each for each in Settings.names()}
-    views = {each.relation for each in VIEWS.values()}
-    tables = {*metadata.tables, *views, "batchtrack_alembic_version"}
+    relations = {*metadata.tables, *(each.relation for each in VIEWS.values())}
+    tables = {*relations, "batchtrack_alembic_version", "batchtrack_reader"}
     for name in re.findall(r"\b(?:CELERY_)?(BATCHTRACK_[A-Z]\w*|batchtrack_[a-z]\w*)\b", everything()):
         assert name.lower() in known | tables, f"{name} is no setting"
 
