@@ -32,9 +32,21 @@ class Share:
         self._ours: dict[str, bool] = {}
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        """True: it is done, as far as this run is concerned."""
-        return None if self._is_ours(item) else True
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        """As pytest's own, but for what others take: to tell which test comes next, it takes that before."""
+        if session.testsfailed or session.config.option.collectonly:
+            return None  # pytest says so
+        upcoming = (item for item in session.items if self._is_ours(item))
+        item = next(upcoming, None)
+        while item is not None:
+            following = next(upcoming, None)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+            item = following
+        return True
 
     def _is_ours(self, item: pytest.Item) -> bool:
         file = item.nodeid.partition("::")[0]

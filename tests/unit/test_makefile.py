@@ -56,23 +56,43 @@ def test_it(made, at):
 """
 
 
+def files_of_tests(folder: Path) -> list[str]:
+    names = {f"test_{group}_{at}": folder / "tests" / group for group in ("one", "two") for at in range(6)}
+    for name, place in names.items():
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{name}.py").write_text(MODULE)
+    (folder / "share").mkdir()
+    return list(names)
+
+
+def start(folder: Path, *order: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        suite.command(order, folder / "share", "-p", "no:cacheprovider"),
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def ran(folder: Path, name: str) -> list[str]:
+    told = (folder / "tests" / "told").read_text().splitlines()
+    return [line.removeprefix(f"{name} ") for line in told if line.split()[0] == name]
+
+
+ONCE = ["makes", "0", "1", "2", "clears away"]
+
+
 def test_processes_that_share_tests_run_each_file_once_between_them(tmp_path: Path) -> None:
-    folders, share = ("one", "two"), tmp_path / "share"
-    share.mkdir()
-    names = {f"test_{folder}_{at}": tmp_path / "tests" / folder for folder in folders for at in range(6)}
-    for name, folder in names.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.py").write_text(MODULE)
-    runs = [
-        subprocess.Popen(
-            suite.command(order, share, "-p", "no:cacheprovider"),
-            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
-        )
-        for order in (folders, folders[::-1])
-    ]  # fmt: skip
+    names = files_of_tests(tmp_path)
+    runs = [start(tmp_path, "one", "two"), start(tmp_path, "two", "one")]
     said = [each.communicate()[0] for each in runs]
     assert [each.returncode for each in runs] == [0, 0], said
-    told = (tmp_path / "tests" / "told").read_text().splitlines()
-    for name in names:
-        wanted = [f"{name} makes", *(f"{name} {at}" for at in range(3)), f"{name} clears away"]
-        assert [line for line in told if line.split()[0] == name] == wanted
+    assert {name: ran(tmp_path, name) for name in names} == dict.fromkeys(names, ONCE)
+
+
+def test_a_file_that_another_process_took_is_left_to_it_and_nothing_around_it_is_disturbed(tmp_path: Path) -> None:
+    """The last file of a folder: what its tests share is over before those of the next folder begin."""
+    names = files_of_tests(tmp_path)
+    (tmp_path / "share" / "tests.one.test_one_5.py").touch()
+    run = start(tmp_path, "one", "two")
+    said = run.communicate()[0]
+    assert run.returncode == 0, said
+    assert {name: ran(tmp_path, name) for name in names} == {**dict.fromkeys(names, ONCE), "test_one_5": []}
