@@ -119,12 +119,14 @@ def test_a_child_of_one_app_may_start_a_batch_of_the_other(apps: tuple[Celery, C
 
 
 def test_a_shared_task_is_tracked_by_the_app_that_runs_it(apps: tuple[Celery, Celery]) -> None:
-    @shared_task(name=unique("both.shared"))
+    name = unique("both.shared")  # `shared.name` would be asked of the current app, whichever that is
+
+    @shared_task(name=name)
     def shared() -> str:
         return str(current_batch().id)
 
     for app in apps:
-        task = app.tasks[shared.name]
+        task = app.tasks[name]
         batch = Batch.create("shared", [task.s()], app=app)
         assert list(batch.results()) == [str(batch.id)]
 
