@@ -130,10 +130,10 @@ class ChildWrites(Connected):
             rows = connection.execute(_end(key, token, ending).returning(*MOVED, *TOLD)).all()
             if not rows:
                 return None
-            look = move(connection, key.batch_id, rows, None, ending.status)
             if ending.evidence is not None:
                 told = Attempt.told(key, rows[0], token)
                 record(connection, told, ending.status, ending.evidence)
+            look = move(connection, key.batch_id, rows, None, ending.status)
             called = callbacks.insert_first_failure(connection, first, rows[0].kind)
             return Settled(True, look=look, callbacks=called, body=rows[0].kind == Kind.ON_SUCCESS)
 
@@ -175,6 +175,8 @@ class ChildWrites(Connected):
                 verdict=None, **_end_values(ending),
             ).returning(*MOVED)
         ).all()  # fmt: skip
+        if ending.evidence is not None:
+            record(connection, Attempt.of(row), ending.status, ending.evidence)
         move(connection, row.batch_id, rows, source, ending.status)
         connection.execute(
             sa.update(incident)
@@ -184,8 +186,6 @@ class ChildWrites(Connected):
             )
             .values(overturned_at=now())
         )  # fmt: skip
-        if ending.evidence is not None:
-            record(connection, Attempt.of(row), ending.status, ending.evidence)
         return Settled(True, look=True, overturned=True, body=row.kind == Kind.ON_SUCCESS)
 
     def release(self, key: ChildKey, token: uuid.UUID, how: Release) -> bool:
@@ -301,9 +301,8 @@ class ChildWrites(Connected):
             ).all()  # fmt: skip
             if not rows:
                 return Settled(False)
+            record(connection, Attempt.told(key, rows[0], None), transition.target, evidence)
             look = move(connection, key.batch_id, rows, None, transition.target)
-            told = Attempt.told(key, rows[0], None)
-            record(connection, told, transition.target, evidence)
             called = callbacks.insert_first_failure(connection, first, rows[0].kind)
             return Settled(True, look=look, callbacks=called, body=rows[0].kind == Kind.ON_SUCCESS)
 

@@ -49,7 +49,7 @@ class Attempt:
 def record(
     connection: sa.Connection, attempt: Attempt, outcome: str, evidence: Evidence, verdict: Verdict | None = None
 ) -> None:
-    """Insert the incident of one attempt, and count it if somebody died."""
+    """Insert the incident of one attempt, and count it if somebody died. Comes before the tally is touched."""
     if evidence.detected_by is not None and outcome not in _NO_DEATH:
         count_death(connection, attempt.key.batch_id, attempt.task, evidence.signal or evidence.cause.value)
     connection.execute(

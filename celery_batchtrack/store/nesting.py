@@ -166,8 +166,8 @@ class Nesting(BatchWrites):
             ).all()  # fmt: skip
             if not rows:
                 return Settled(False)
-            look = move(connection, key.batch_id, rows, None, transition.target)
             record(connection, Attempt.told(key, rows[0], None), transition.target, evidence)
+            look = move(connection, key.batch_id, rows, None, transition.target)
             called = callbacks.insert_first_failure(connection, first, rows[0].kind)
             return Settled(True, look=look, callbacks=called, body=rows[0].kind == Kind.ON_SUCCESS)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -13,9 +15,10 @@ from celery_batchtrack.store.clock import later
 from celery_batchtrack.vocabulary.durations import BOUNDS, NEVER_RAN, bucket, nearest_rank
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
+from celery_batchtrack.vocabulary.records import Ending
 from celery_batchtrack.vocabulary.states import Cause, EndReason, Status, Verdict
 from tests.races.rivals import Held, Rivals
-from tests.store.kit import HERE, SEGFAULT, Scene, documents, done, killed, part, some
+from tests.store.kit import HERE, SEGFAULT, Scene, documents, done, killed, part, some, statements
 
 
 def counted(store: Store) -> dict[str, int]:
@@ -173,6 +176,28 @@ def test_two_that_put_the_same_counts_together_do_not_double_them(postgres_url: 
     assert counted(store) == {"completed": 4}
     first.dispose()
     store.dispose()
+
+
+def test_a_death_is_counted_before_the_tally_is_touched(scene: Scene) -> None:
+    """Whoever holds the count of deaths may wait for a tally, so nobody may do it the other way round."""
+    batch_id = scene.batch([*some(5), documents("a", "b")])
+    claims = [scene.run(batch_id, position) for position in (0, 1, 2, 5)]
+    lease = scene.run(batch_id, 3)
+    scene.crash(lease, Verdict.LEASE)
+    terminated = replace(SEGFAULT, cause=Cause.TERMINATED)
+    acts: list[Callable[[], object]] = [
+        lambda: scene.crash(claims[0]),
+        lambda: scene.store.settle_terminated(scene.row(claims[1].key), terminated),
+        lambda: scene.store.settle(claims[2].key, claims[2].token, Ending(Status.FAILED, None, Cause.OOM, SEGFAULT)),
+        lambda: scene.split(claims[3], killed("a"), part("b")),
+        lambda: scene.store.settle(lease.key, lease.token, Ending(Status.FAILED, None, Cause.OOM, SEGFAULT)),
+        lambda: scene.store.settle_unstarted(ChildKey(batch_id, 4), 0, Status.FAILED, SEGFAULT),
+    ]
+    for act in acts:
+        with statements(scene.store.engine) as sent:
+            act()
+        told = [each.split("(")[0].split(" SET")[0].strip() for each in sent if "outcome" in each or "_tally" in each]
+        assert told[0] == "INSERT INTO batchtrack_outcome" and "UPDATE batchtrack_tally" in told, sent
 
 
 def test_deaths_are_not_only_those_of_signals(scene: Scene) -> None:
