@@ -310,9 +310,21 @@ def test_refreshing_can_be_stopped_and_waits_while_flower_is_away(flowers: Flowe
 # -- with real tasks ----------------------------------------------------------------------------------
 
 
-def test_a_real_batch_is_found_from_both_sides(flowers: Flowers, tab: Any, shoot: Any) -> None:
-    running = flowers[NEWEST]
-    running.start_worker()
+@pytest.fixture
+def workshop(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Running]:
+    """A Flower beside a worker, with a database of their own."""
+    shutil.copy(migrated_sqlite, tmp_path / "batchtrack.db")
+    running = processes.start(NEWEST, tmp_path, f"sqlite:///{tmp_path}/batchtrack.db")
+    try:
+        eventually(running.answers, 60, what="Flower")
+        running.start_worker()
+        yield running
+    finally:
+        running.close()
+
+
+def test_a_real_batch_is_found_from_both_sides(workshop: Running, tab: Any, shoot: Any) -> None:
+    running = workshop
     batch = _send(running)
     store = Store(running.database)
     eventually(lambda: store.progress(batch).ended, 60, what=f"end of the batch: {running.workers[0].output()[-2000:]}")
