@@ -146,6 +146,16 @@ def test_every_page_fits_and_has_no_errors(
             assert all(each >= 2 for each in thin), (name, thin)
 
 
+def test_pages_fit_every_window(flowers: Flowers, rich: scenes.Rich, tab: Any) -> None:
+    pages = pages_of(rich)
+    with tab(flowers[NEWEST]) as seen:
+        for width in (320, 640, 800, 1024, 1920):
+            seen.page.set_viewport_size({"width": width, "height": 800})
+            for name in ("batches", "batch", "evil"):
+                seen.go(pages[name])
+                assert seen.fits(), (name, width)
+
+
 @pytest.mark.parametrize("version", list(processes.VERSIONS))
 def test_three_clicks_from_flower_to_the_python_line(
     flowers: Flowers, rich: scenes.Rich, tab: Any, version: str
