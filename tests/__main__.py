@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.helpers import ROOT, guardian, quick_folder
 
 COMPUTING = ("unit", "store", "races", "neighbours", "django", "chaos")
-WAITING = ("acceptance", "integration")
+WAITING = ("acceptance", "flower", "integration")
 #: In which order each process takes what the others have not taken.
 ORDERS = (COMPUTING + WAITING, WAITING + COMPUTING[::-1], WAITING[::-1] + COMPUTING[::-1])
 

@@ -146,6 +146,16 @@ def test_every_page_fits_and_has_no_errors(
             assert all(each >= 2 for each in thin), (name, thin)
 
 
+def test_pages_fit_every_window(flowers: Flowers, rich: scenes.Rich, tab: Any) -> None:
+    pages = pages_of(rich)
+    with tab(flowers[NEWEST]) as seen:
+        for width in (320, 640, 800, 1024, 1920):
+            seen.page.set_viewport_size({"width": width, "height": 800})
+            for name in ("batches", "batch", "evil"):
+                seen.go(pages[name])
+                assert seen.fits(), (name, width)
+
+
 @pytest.mark.parametrize("version", list(processes.VERSIONS))
 def test_three_clicks_from_flower_to_the_python_line(
     flowers: Flowers, rich: scenes.Rich, tab: Any, version: str
@@ -310,9 +320,21 @@ def test_refreshing_can_be_stopped_and_waits_while_flower_is_away(flowers: Flowe
 # -- with real tasks ----------------------------------------------------------------------------------
 
 
-def test_a_real_batch_is_found_from_both_sides(flowers: Flowers, tab: Any, shoot: Any) -> None:
-    running = flowers[NEWEST]
-    running.start_worker()
+@pytest.fixture
+def workshop(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Running]:
+    """A Flower beside a worker, with a database of their own."""
+    shutil.copy(migrated_sqlite, tmp_path / "batchtrack.db")
+    running = processes.start(NEWEST, tmp_path, f"sqlite:///{tmp_path}/batchtrack.db")
+    try:
+        eventually(running.answers, 60, what="Flower")
+        running.start_worker()
+        yield running
+    finally:
+        running.close()
+
+
+def test_a_real_batch_is_found_from_both_sides(workshop: Running, tab: Any, shoot: Any) -> None:
+    running = workshop
     batch = _send(running)
     store = Store(running.database)
     eventually(lambda: store.progress(batch).ended, 60, what=f"end of the batch: {running.workers[0].output()[-2000:]}")

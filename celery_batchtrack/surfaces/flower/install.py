@@ -7,7 +7,6 @@ Flower has no plugins. What is used of it: `flower.app.Flower`, tornado's docume
 from __future__ import annotations
 
 import contextlib
-import importlib
 import shlex
 from typing import Any
 
@@ -18,6 +17,7 @@ from tornado.routing import URLSpec
 
 from celery_batchtrack import errors
 from celery_batchtrack.glue.extension import BatchTrack
+from celery_batchtrack.surfaces import metrics
 from celery_batchtrack.surfaces.flower import api, handlers
 from celery_batchtrack.surfaces.flower.loader import loader_for
 from celery_batchtrack.surfaces.flower.snapshots import Snapshots
@@ -44,13 +44,14 @@ def extended(base: type[Any]) -> type[Any]:
             self.add_handlers(r".*", prefixed(handlers.urls() + api.urls(), self.options.url_prefix))
             self.capp.finalize()
             self.batchtrack_app = _named()
+            self.has_our_metrics = False
             with contextlib.suppress(errors.BatchTrackError):  # each page says what is missing
-                if (metrics := _metrics()) is not None:
-                    metrics.register(BatchTrack.of(self.capp))  # in Flower's own /metrics
+                metrics.register(BatchTrack.of(self.capp))  # in Flower's own /metrics
+                self.has_our_metrics = True
 
         def close_pages(self) -> None:
             self.snapshots.close()
-            if (metrics := _metrics()) is not None:
+            if self.has_our_metrics:
                 metrics.unregister()
 
         def stop(self) -> None:
@@ -65,11 +66,6 @@ def _named() -> str | None:
     context = click.get_current_context(silent=True)
     named = None if context is None else context.find_root().params.get("app")
     return shlex.quote(named) if isinstance(named, str) else None
-
-
-def _metrics() -> Any:
-    with contextlib.suppress(ImportError):
-        return importlib.import_module("celery_batchtrack.surfaces.metrics")
 
 
 def prefixed(specs: list[URLSpec], prefix: str | None) -> list[Any]:
