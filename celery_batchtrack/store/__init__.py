@@ -9,6 +9,7 @@ from .charts import Charting
 from .checkup import CheckingUp
 from .children import ChildWrites, SlotTaken
 from .dispatching import Dispatching
+from .engine import reading_at_most
 from .figures import Figuring
 from .nesting import WITH_PARENT, Nesting
 from .outcomes import Outcomes, OutcomeTotal
@@ -38,4 +39,4 @@ class BorrowedStore(Borrowed, Store):
     """A `Store` in somebody else's transaction."""
 
 
-__all__ = ["WITH_PARENT", "BorrowedStore", "OutcomeTotal", "SlotTaken", "Store"]
+__all__ = ["WITH_PARENT", "BorrowedStore", "OutcomeTotal", "SlotTaken", "Store", "reading_at_most"]

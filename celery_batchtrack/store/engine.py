@@ -8,6 +8,7 @@ import select
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import sqlalchemy as sa
@@ -36,6 +37,20 @@ def _after_fork_parent() -> None:
 def _after_fork_child() -> None:
     global _sqlite_guard
     _sqlite_guard = threading.RLock()
+
+
+#: Seconds that each statement of a read may take on the server, in this thread.
+_limit: ContextVar[float | None] = ContextVar("batchtrack_statement_limit", default=None)
+
+
+@contextlib.contextmanager
+def reading_at_most(seconds: float) -> Iterator[None]:
+    """For whoever gives up on a read after a while: PostgreSQL gives it up, too, and its connection is free again."""
+    token = _limit.set(seconds)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
 
 
 if hasattr(os, "register_at_fork"):
@@ -254,7 +269,10 @@ class Connected:
     @contextlib.contextmanager
     def _raw_read(self) -> Iterator[sa.Connection]:
         with self._translated(), self._guarded(), self.engine.connect() as connection:
-            yield connection.execution_options(batchtrack_read=True)
+            connection = connection.execution_options(batchtrack_read=True)
+            if (limit := _limit.get()) is not None and not self.sqlite:
+                connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, round(limit * 1000))}")
+            yield connection
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:

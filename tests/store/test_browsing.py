@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 from celery_batchtrack import errors
-from celery_batchtrack.store import Store, browsing, charts
+from celery_batchtrack.store import Store, browsing, charts, reading_at_most
 from celery_batchtrack.store.clock import later
 from celery_batchtrack.surfaces import jsonio, reading
 from celery_batchtrack.vocabulary.evidence import Evidence
@@ -290,3 +290,16 @@ def test_failures_that_were_overturned_are_no_failures(scene: Scene) -> None:
     scene.complete(claimed)
     assert reading.crashes(scene.store)["signatures"] == []
     assert scene.store.newest_incidents(batch_id, [0]) == {}
+
+
+def test_a_read_that_nobody_waits_for_any_longer_is_given_up_by_the_server(postgres_url: str) -> None:
+    store = Store(postgres_url, auto_migrate=True)
+    other = Store(postgres_url)
+    assert store.store_id and other.store_id
+    with store.write() as connection:
+        connection.exec_driver_sql("LOCK TABLE batchtrack_batch IN ACCESS EXCLUSIVE MODE")
+        with reading_at_most(0.2), pytest.raises(errors.DatabaseUnavailable, match="statement timeout"):
+            other.list_batches()
+    assert other.list_batches() == [], "only what was asked within"
+    store.dispose()
+    other.dispose()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from celery_batchtrack import errors
+from celery_batchtrack.store import reading_at_most
 
 T = TypeVar("T")
 
@@ -85,10 +86,11 @@ class Snapshots:
     ) -> T:
         """What `read` returns, or returned to somebody at most `keep` seconds ago. Raises what it raises, and Silent
         after `patience` seconds."""
+        limit = self.patience if patience is None else patience
         answer = self._answers.get(key)
         if answer is None or answer.over(_now()):
-            answer = self._start(key, read, self.keep if keep is None else keep)
-        return await _in_time(answer.future, self.patience if patience is None else patience)
+            answer = self._start(key, _given_up_after(limit, read), self.keep if keep is None else keep)
+        return await _in_time(answer.future, limit)
 
     def peek(self, key: Hashable) -> tuple[Any, float] | None:
         """What was answered last and how many seconds ago, without asking; None if it was an error, or nothing."""
@@ -135,6 +137,16 @@ class Snapshots:
     def close(self) -> None:
         self.readers.close()
         self.actors.close()
+
+
+def _given_up_after(seconds: float, read: Callable[[], T]) -> Callable[[], T]:
+    """Nobody waits for it any longer: the database need not go on, and its thread is free for others."""
+
+    def bounded() -> T:
+        with reading_at_most(seconds):
+            return read()
+
+    return bounded
 
 
 def _now() -> float:
