@@ -137,7 +137,8 @@ class Browsing(Finding):
             wanted.append(child.c.worker_id.in_(named))
         if item is not None:
             wanted.append(self._has_item(item))
-        if alike is None and (worker_name or item or status in (Status.COMPLETED, Status.SPLIT)):
+        no_index = worker_name is not None or item is not None or status in (Status.COMPLETED, Status.SPLIT)
+        if no_index and alike is None:
             until = after + SEARCHED
             wanted.append(child.c.position <= until)
         query = sa.select(*CHILD_COLUMNS).where(*wanted).order_by(child.c.position).limit(limit + 1)
