@@ -144,7 +144,7 @@ class _Seed:
         )
         start = f"-{ago} + g.i * 3600.0 / {total}"
         begun = words.after(words.now, start)
-        ended = words.after(words.now, f"{start} + g.i * 7919 % 1000 / 500.0")
+        ended = words.after(words.now, f"{start} + g.i % 1000 * 7919 % 1000 / 500.0")
         columns = {
             "batch_id": words.id(batch_id), "position": "g.i", "kind": "'child'", "shard": "g.i % 16",
             "task": f"'{TASK}'", "task_id": f"'{batch_id}-' || g.i", "status": state,
