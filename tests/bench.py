@@ -1,6 +1,8 @@
 """`make bench`: what it costs, in one run: an item of `each_item`, a child's decorator, no-op children through a batch
 and through Celery's own chord.
 
+Then, on each database, how long pages and views take beside a batch of a million children (`--rows`).
+
 Prints nanoseconds per item, microseconds per call in Celery's own tracer, children per second from the call to the
 callback's result, and the statements that the tracking database executed, by kind (pg_stat_statements is not needed:
 the store's own engine counts in one process, and PostgreSQL's commit counter over all). Prints, never asserts:
@@ -173,12 +175,61 @@ def _windows(children: int, broker: str) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--children", type=int, default=5000)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--concurrency", type=int, default=2)
-    asked = parser.parse_args()
+def _views(url: str, children: int) -> None:
+    """How long each page and each view takes, beside a batch of so many children and 2,000 small ones."""
+    from celery_batchtrack.store import Store
+    from celery_batchtrack.store.views import VIEWS
+    from celery_batchtrack.surfaces import reading
+    from celery_batchtrack.vocabulary.settings import Settings
+    from tests.large import bytes_of, seeded
+
+    store = Store(url)
+    store.migrate()
+    began = time.perf_counter()
+    large = seeded(store, children, min(2000, children // 500))
+    print(f"{store.url.get_backend_name()}: {children} children, seeded in {time.perf_counter() - began:.0f} s")
+    big = large.batch_id
+    asked: dict[str, Callable[[], object]] = {
+        **{f"list, {chip}": lambda chip=chip: reading.batch_list(store, chip=chip) for chip in reading.CHIPS},
+        **{
+            f"list, search {text!r}": lambda text=text: reading.batch_list(store, chip="all", search=text)
+            for text in ("reindex", "nightly", "DOC:77", "nothing")
+        },
+        "batch": lambda: reading.batch_page(store, big),
+        "children": lambda: reading.child_list(store, big),
+        "children, far behind": lambda: reading.child_list(store, big, after=children * 8 // 10),
+        **{
+            f"children, {status}": lambda status=status: reading.child_list(store, big, status=status)
+            for status in ("pending", "running", "completed", "failed", "crashed", "cancelled")
+        },
+        "children, by item": lambda: reading.child_list(store, big, item="DOC:30"),
+        "children, by worker": lambda: reading.child_list(store, big, worker="web-1"),
+        "children, by fingerprint": lambda: reading.child_list(store, big, fingerprint="aaaa"),
+        "child": lambda: reading.child_page(store, big, 7),
+        "crashes": lambda: reading.crashes(store),
+        "workers": lambda: reading.workers(store),
+        "health": lambda: reading.health(store, Settings()),
+        "counters": store.outcome_totals,
+    }  # fmt: skip
+    for label, act in asked.items():
+        print(f"  page {label:<36} {_best(act, 3) * 1000:9.1f} ms")
+    for name, view in VIEWS.items():
+        if name == "invariant":
+            continue
+        whole = _best(lambda name=name: store.view(name, limit=100), 3) * 1000  # type: ignore[misc]
+        own = ""
+        if "batch_id" in view.columns:
+            milliseconds = _best(lambda name=name: store.view(name, {"batch_id": big}, limit=100), 3) * 1000  # type: ignore[misc]
+            own = f"   of the large batch {milliseconds:9.1f} ms"
+        print(f"  view {name:<20} 100 rows {whole:9.1f} ms{own}")
+    print(f"  view invariant (reads everything)       {_best(lambda: store.view('invariant'), 1):9.1f} s")
+    for table, (rows, size) in bytes_of(store).items():
+        if size:
+            print(f"  bytes per row of {table or 'the file, all tables':<24} {size / rows:8.0f}   ({rows} rows)")
+    store.dispose()
+
+
+def _overhead(asked: argparse.Namespace) -> None:
     with PostgresServer() as postgres, RedisServer() as redis, tempfile.TemporaryDirectory() as folder:
         database = postgres.create_database()
         os.environ.update(BENCH_DATABASE=database, BENCH_BROKER=f"{redis.url}", BENCH_BACKEND=redis.url)
@@ -199,6 +250,22 @@ def main() -> None:
             print("windows")
             _windows(asked.children, redis.url)
         print(f"bytes per child row, indexes included: {_bytes_per_row(database):.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["views"], help="this section alone")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="children in the section `views`")
+    parser.add_argument("--children", type=int, default=5000)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--concurrency", type=int, default=2)
+    asked = parser.parse_args()
+    if asked.only != "views":
+        _overhead(asked)
+    print("pages and views")
+    with PostgresServer() as postgres, tempfile.TemporaryDirectory() as folder:
+        for url in (postgres.create_database(), f"sqlite:///{folder}/batchtrack.db"):
+            _views(url, asked.rows)
 
 
 if __name__ == "__main__":

@@ -125,19 +125,20 @@ class Browsing(Finding):
     ) -> ChildPage:  # fmt: skip
         """Children by position, from behind `after`: in this state, with this item, run last by a worker or host of
         this name, with an incident of this fingerprint."""
-        wanted = [*_of(batch_id, status), child.c.kind == Kind.CHILD.value, child.c.position > after]
-        until: int | None = None
+        wanted = [*_of(batch_id, status), child.c.kind == Kind.CHILD.value]
+        until, alike = None, None
         if fingerprint is not None:
-            with_it = sa.select(incident.c.position).where(
-                incident.c.batch_id == batch_id, incident.c.fingerprint == fingerprint
-            )
-            wanted.append(child.c.position.in_(with_it))
+            alike = self._with_incident(batch_id, fingerprint, after, limit + 1)
+            wanted.append(child.c.position.in_(alike))
+        else:
+            wanted.append(child.c.position > after)
         if worker_name is not None:
             named = sa.select(worker.c.id).where(sa.or_(worker.c.name == worker_name, worker.c.hostname == worker_name))
             wanted.append(child.c.worker_id.in_(named))
         if item is not None:
             wanted.append(self._has_item(item))
-        if worker_name is not None or item is not None or status in (Status.COMPLETED, Status.SPLIT):
+        no_index = worker_name is not None or item is not None or status in (Status.COMPLETED, Status.SPLIT)
+        if no_index and alike is None:
             until = after + SEARCHED
             wanted.append(child.c.position <= until)
         query = sa.select(*CHILD_COLUMNS).where(*wanted).order_by(child.c.position).limit(limit + 1)
@@ -147,9 +148,25 @@ class Browsing(Finding):
             end = connection.execute(last).scalar_one_or_none() or 0 if until is not None else 0
         if len(rows) > limit:
             return ChildPage(rows[:limit], rows[limit - 1].position)
+        if alike is not None and len(alike) > limit:  # not all of them are in this state, too
+            return ChildPage(rows, alike[-1], alike[-1])
         if until is not None and until < end:
             return ChildPage(rows, until, until)
         return ChildPage(rows, None)
+
+    def _with_incident(self, batch_id: uuid.UUID, fingerprint: str, after: int, limit: int) -> list[int]:
+        """The first positions behind `after` with such an incident. Asked first: as a subquery, it would be looked up
+        for each child of the batch in turn."""
+        query = (
+            sa.select(incident.c.position).distinct()
+            .where(
+                incident.c.batch_id == batch_id, incident.c.fingerprint == fingerprint, incident.c.position > after
+            )
+            .order_by(incident.c.position)
+            .limit(limit)
+        )  # fmt: skip
+        with self.read() as connection:
+            return list(connection.execute(query).scalars())
 
     def newest_incidents(self, batch_id: uuid.UUID, positions: Sequence[int]) -> dict[int, sa.Row[Any]]:
         """Of these children the newest incident that stands, without stacks."""

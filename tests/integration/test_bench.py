@@ -15,8 +15,9 @@ def test_the_benchmark_runs_both_ways() -> None:
         with require(service):
             pass
     run = subprocess.run(
-        [sys.executable, "-m", "tests.bench", "--children", "60", "--rounds", "1"],
+        [sys.executable, "-m", "tests.bench", "--children", "60", "--rounds", "1", "--rows", "2000"],
         cwd=ROOT, capture_output=True, text=True, timeout=170, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert len(re.findall(r"children/s", run.stdout)) == 2 + 4
+    assert len(re.findall(r"  page ", run.stdout)) == 2 * 27

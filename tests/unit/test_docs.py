@@ -90,6 +90,20 @@ def batch_states() -> str:
     return _diagram(drawn, BatchStatus.OPEN, BATCH_ENDED)
 
 
+def child_life() -> str:
+    """Who follows whom, without the names of the transitions."""
+    return _life(child_states())
+
+
+def batch_life() -> str:
+    return _life(batch_states())
+
+
+def _life(diagram: str) -> str:
+    """Each arrow once."""
+    return "\n".join(dict.fromkeys(line.partition(": ")[0] for line in diagram.splitlines()))
+
+
 def _diagram(drawn: list[tuple[str, str, str]], start: str, ends: tuple[str, ...]) -> str:
     lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {start}"]
     lines += [f"    {source} --> {target}: {name}" for source, target, name in drawn]
@@ -148,7 +162,7 @@ def alerts() -> str:
 
 
 GENERATED: dict[str, Callable[[], str]] = {
-    each.__name__: each for each in (child_states, batch_states, as_acks, checks, metrics, alerts, views)
+    each.__name__: each for each in (child_states, batch_states, as_acks, checks, metrics, alerts, views, child_life, batch_life)
 } | {"settings": settings_table}
 
 _GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)
@@ -385,6 +399,15 @@ def test_every_cause_and_detector_is_explained() -> None:
     text = (ROOT / "docs" / "crashes.md").read_text()
     for name in (*Cause, *Detector):
         assert f"`{name}`" in text, name
+
+
+def test_every_test_that_a_guarantee_names_is_there() -> None:
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    table = text.partition("## Their limits")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "::" in line]
+    assert len(rows) == table.count("\n| ") - 1, "a guarantee without a test"
+    for path, name in re.findall(r"`(tests/\S+?)::(\w+)`", table):
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
 
 
 def test_every_log_action_is_explained() -> None:

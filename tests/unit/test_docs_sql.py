@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from celery_batchtrack.store import Store
 from celery_batchtrack.store.views import VIEWS
+from tests.helpers import ROOT
 from tests.unit.docs_scene import DocsScene
 from tests.unit.docs_views import kind_on_postgresql, type_of
 from tests.unit.test_docs import Block, blocks
@@ -121,3 +122,31 @@ def _kind_of(value: Any, wanted: str) -> str:
         "boolean": lambda: value in (0, 1),
     }
     return wanted if forms[wanted]() else type(value).__name__
+
+
+def test_the_reader_reads_the_views_and_nothing_else(postgres_url: str) -> None:
+    """Also a view that a migration makes anew."""
+    scene = DocsScene(Store(postgres_url))
+    engine = scene.store.engine
+    script = (ROOT / "docs" / "batchtrack_reader.sql").read_text()
+
+    def run(text: str, *, reader: bool = False) -> None:
+        with engine.begin() as connection:
+            if reader:
+                connection.exec_driver_sql("SET LOCAL ROLE batchtrack_reader")
+            driver: Any = connection.connection.driver_connection
+            driver.execute(text)
+
+    try:
+        run(script)
+        run(script)
+        run("DROP VIEW batchtrack_slowest")
+        scene.store.migrate()
+        for view in VIEWS.values():
+            run(f"SELECT * FROM {view.relation} LIMIT 1", reader=True)
+        for refused in ("SELECT * FROM batchtrack_child", "DELETE FROM batchtrack_batch", "CREATE TABLE batchtrack_x ()"):
+            with pytest.raises(Exception, match="permission denied"):
+                run(refused, reader=True)
+    finally:
+        run("DROP OWNED BY batchtrack_reader; DROP ROLE batchtrack_reader")
+        scene.store.dispose()
