@@ -162,7 +162,8 @@ def alerts() -> str:
 
 
 GENERATED: dict[str, Callable[[], str]] = {
-    each.__name__: each for each in (child_states, batch_states, as_acks, checks, metrics, alerts, views, child_life, batch_life)
+    each.__name__: each
+    for each in (child_states, batch_states, child_life, batch_life, as_acks, checks, metrics, alerts, views)
 } | {"settings": settings_table}
 
 _GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end generated -->)", re.DOTALL)

@@ -144,7 +144,8 @@ def test_the_reader_reads_the_views_and_nothing_else(postgres_url: str) -> None:
         scene.store.migrate()
         for view in VIEWS.values():
             run(f"SELECT * FROM {view.relation} LIMIT 1", reader=True)
-        for refused in ("SELECT * FROM batchtrack_child", "DELETE FROM batchtrack_batch", "CREATE TABLE batchtrack_x ()"):
+        rest = ("SELECT * FROM batchtrack_child", "DELETE FROM batchtrack_batch", "CREATE TABLE batchtrack_x ()")
+        for refused in rest:
             with pytest.raises(Exception, match="permission denied"):
                 run(refused, reader=True)
     finally:
