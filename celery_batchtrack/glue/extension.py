@@ -104,7 +104,7 @@ class BatchTrack:
         self.app = app
         self.replace_celery_chord = replace_celery_chord
         self.captures = Captures(app, capture)
-        self.spans = Spans(self)
+        self.spans = Spans(lambda: self.tracker)
         self.attendant: Attendant | None = None
         self._lock = threading.RLock()
         self._settings: Settings | None = None

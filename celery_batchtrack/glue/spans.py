@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from . import capture
 from .contexts import OpenTelemetry
 
 if TYPE_CHECKING:
-    from .extension import BatchTrack
+    from celery_batchtrack.behaviour.tracker import Tracker
 
 #: Of so many batches a process remembers who created them.
 _REMEMBERED = 256
@@ -35,15 +35,15 @@ _COUNTS = ("total", "completed", "failed", "crashed", "cancelled")
 class Spans:
     """Trouble with them is told once, and never anybody else's."""
 
-    def __init__(self, extension: BatchTrack) -> None:
-        self._extension = extension
+    def __init__(self, tracker: Callable[[], Tracker]) -> None:
+        self._tracker = tracker
         self._creators: OrderedDict[uuid.UUID, Any] = OrderedDict()
         self._told = False
 
     def _on(self) -> bool:
         """Whether spans go anywhere from this process."""
         trace: Any = sys.modules.get("opentelemetry.trace")
-        if trace is None or "opentelemetry.propagate" not in sys.modules or not self._extension.settings.otel:
+        if trace is None or "opentelemetry.propagate" not in sys.modules or not self._tracker().settings.otel:
             return False
         provider = trace.get_tracer_provider()
         return not isinstance(provider, (trace.ProxyTracerProvider, trace.NoOpTracerProvider))
@@ -90,7 +90,7 @@ class Spans:
     # -- a batch ---------------------------------------------------------------------------------
 
     def _batch(self, event: events.BatchEnded) -> None:
-        store = self._extension.store
+        store = self._tracker().store
         row, progress = store.batch(event.batch_id), store.progress(event.batch_id)
         if row is None:
             return
@@ -109,7 +109,7 @@ class Spans:
     # -- a death ---------------------------------------------------------------------------------
 
     def _death(self, event: events.ChildCrashed) -> None:
-        store, evidence = self._extension.store, event.evidence
+        store, evidence = self._tracker().store, event.evidence
         batch, child = store.batch(event.key.batch_id), store.child(event.key)
         headers = None if batch is None else batch.headers
         captured = capture.of_child(headers, capture.of_signature(None if child is None else child.signature))
@@ -149,7 +149,7 @@ class Spans:
     def _creator(self, batch_id: uuid.UUID) -> Any:
         """The span in which a batch was created: read once in each process."""
         if batch_id not in self._creators:
-            row = self._extension.store.batch(batch_id)
+            row = self._tracker().store.batch(batch_id)
             trace: Any = sys.modules["opentelemetry.trace"]
             context = _context(capture.of_batch(None if row is None else row.headers))
             found = trace.get_current_span(context).get_span_context()
