@@ -133,16 +133,23 @@ class Charting(Connected):
             partition_by=(each.c.fingerprint, each.c.task), order_by=(each.c.detected_at.desc(), each.c.id.desc())
         )
         ranked = sa.select(each, nth.label("nth")).subquery()
+
+        def of_newest(name: str) -> Any:
+            told: Any = ranked.c[name]
+            if name in ("id", "batch_id"):  # of a UUID there is no max() before PostgreSQL 18
+                told = sa.cast(told, sa.String(36))
+            return sa.func.max(sa.case((ranked.c.nth == 1, told))).label(f"last_{name}")
+
         query = (
             sa.select(
-                ranked.c.fingerprint, ranked.c.task,
-                sa.func.count().label("occurrences"),
+                ranked.c.fingerprint, ranked.c.task, sa.func.count().label("occurrences"),
                 sa.func.sum(sa.case((ranked.c.detected_by.is_not(None), 1), else_=0)).label("crashes"),
                 *(
                     sa.func.count(ranked.c[name].distinct()).label(label)
                     for name, label in (("item", "items"), ("batch_id", "batches"), ("hostname", "hosts"))
                 ),
                 sa.func.min(ranked.c.detected_at).label("first_at"), sa.func.max(ranked.c.detected_at).label("last_at"),
+                *(of_newest(name) for name in (*_NEWEST, "id", "batch_id", "position", "item")),
                 *(
                     sa.func.sum(sa.case((ranked.c.detected_at >= later(-seconds), 1), else_=0)).label(f"within_{index}")
                     for index, seconds in enumerate(within)
@@ -152,12 +159,8 @@ class Charting(Connected):
             .order_by(sa.desc("last_at"))
             .limit(limit)
         )  # fmt: skip
-        newest = sa.select(ranked).where(ranked.c.nth == 1)
         with self.read() as connection:
-            last = {(row.fingerprint, row.task): row for row in connection.execute(newest)}
-            rows = connection.execute(query).all()
-        known = ((row, last.get((row.fingerprint, row.task))) for row in rows)
-        return [_signature(row, newest, len(within)) for row, newest in known if newest is not None]
+            return [_signature(row, len(within)) for row in connection.execute(query)]
 
     def stacks(self, incidents: Sequence[uuid.UUID]) -> dict[uuid.UUID, str | None]:
         """The stack or traceback of each."""
@@ -216,11 +219,11 @@ def _failures(
     return query.limit(GROUPED)
 
 
-def _signature(row: Any, last: Any, windows: int) -> Signature:
+def _signature(row: Any, windows: int) -> Signature:
     return Signature(
-        row.fingerprint, row.task, last.cause, last.signal, last.exception, last.python_frame, last.message,
-        row.occurrences, int(row.crashes), row.items, row.batches, row.hosts, row.first_at, row.last_at, last.id,
-        last.batch_id, last.position, last.item,
+        row.fingerprint, row.task, row.last_cause, row.last_signal, row.last_exception, row.last_python_frame,
+        row.last_message, row.occurrences, int(row.crashes), row.items, row.batches, row.hosts, row.first_at,
+        row.last_at, uuid.UUID(row.last_id), uuid.UUID(row.last_batch_id), row.last_position, row.last_item,
         tuple(int(getattr(row, f"within_{index}")) for index in range(windows)),
     )  # fmt: skip
 

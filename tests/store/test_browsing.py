@@ -147,7 +147,7 @@ def test_a_large_batch_is_counted_by_the_minute_and_sampled(scene: Scene, monkey
     monkeypatch.setattr(charts, "EXACT", 3)
     monkeypatch.setattr(charts, "SAMPLE", 4)
     page = reading.batch_page(scene.store, batch_id)
-    assert page["durations"]["sampled"] == 4 and page["durations"]["max"] >= 5.0
+    assert page["durations"]["sampled"] == 4 and page["durations"]["max"] > 4.9
     bins = page["throughput"]["bins"]
     assert page["throughput"]["bin_seconds"] == 60 and sum(each["completed"] for each in bins) == 6
     assert len(bins) >= 116 and bins[1]["time"] - bins[0]["time"] == timedelta(seconds=60)

@@ -25,7 +25,7 @@ FEW = 1_100
 #: Steps of SQLite's machine. To read 8,000 rows takes at least 5 for each.
 STEPS = 35_000
 #: Of counts by the minute: they grow with the time that a batch takes, not with its children.
-LARGER = {"throughput": (2_000, 50_000)}
+LARGER = {"throughput": (2_000, 50_000), "signatures": (FEW, 60_000)}
 
 SCANNED = re.compile(r"SCAN (batchtrack_(batch|child|tally|incident|outcome)|[bctio])$")
 
