@@ -1,6 +1,7 @@
 """Every command of ours that the documentation names is run as it is written, on a copy of the scene of `docs_scene`.
 
-``ID``, and the beginnings of ids that stand for one, are the batch `articles`; the child that a dossier is asked of is #0.
+``ID``, and the beginnings of ids that stand for one, are the batch `articles`; the child that a dossier is asked of is
+#0.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from tests.unit.test_docs import everything
 
 #: What is not run here, and where it is.
 ELSEWHERE = {
-    "flower": "tests/flower", "metrics": "tests/integration/test_metrics.py", "doctor": "a console block",
+    "flower": "tests/flower",
+    "metrics": "tests/integration/test_metrics.py",
+    "doctor": "a console block",
     "watch": "tests/integration/test_cli_watch.py: the scene's batches never end",
     "drain": "tests/integration/test_cli_life.py: the scene's batches never end",
     "detect --every": "tests/integration/test_cli.py: it does not end",
