@@ -8,10 +8,13 @@ finds on the scene of `docs_scene`: ``…`` stands for anything but NULL, an emp
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import uuid
 from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ import sqlalchemy as sa
 from celery_batchtrack.store import Store
 from celery_batchtrack.store.views import VIEWS
 from tests.helpers import ROOT
+from tests.servers import find_postgres
 from tests.unit.docs_scene import DocsScene
 from tests.unit.docs_views import kind_on_postgresql, type_of
 from tests.unit.test_docs import Block, blocks
@@ -151,3 +155,24 @@ def test_the_reader_reads_the_views_and_nothing_else(postgres_url: str) -> None:
     finally:
         run("DROP OWNED BY batchtrack_reader; DROP ROLE batchtrack_reader")
         scene.store.dispose()
+
+
+def test_what_was_dumped_is_restored(postgres_url: str, tmp_path: Path) -> None:
+    """By the commands of docs/operations.md."""
+    scene = DocsScene(Store(postgres_url))
+    block = next(each for each in blocks("sh") if "pg_dump" in each.code)
+    before = scene.store.view("batch_progress", order_by=["created_at"])
+    tools = {**os.environ, "PATH": f"{find_postgres()}{os.pathsep}{os.environ['PATH']}"}
+    tools["DATABASE"] = postgres_url.replace("+psycopg", "")
+    for command in block.code.splitlines():
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=tools, capture_output=True, text=True, check=False
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with scene.store.write() as connection:
+            if "pg_dump" in command:
+                connection.exec_driver_sql("DELETE FROM batchtrack_batch")
+    found = scene.store.view("batch_progress", order_by=["created_at"])
+    assert [(each["batch_id"], each["done"]) for each in found] == [(each["batch_id"], each["done"]) for each in before]
+    assert [each for each in scene.store.view("invariant") if each["violations"]] == []
+    scene.store.dispose()
