@@ -58,6 +58,7 @@ meta = sa.Table(
     sa.Column("swept_at", Moment),
     sa.Column("swept_by", sa.String(255)),
     sa.Column("server_started_at", Moment),
+    sa.Column("counted_from", Moment),  # ends of children of older batches may have been counted by nobody
     sa.CheckConstraint("id = 1", name="one_row"),
 )
 
@@ -368,6 +369,7 @@ incident = sa.Table(
     ),
     sa.Index("batchtrack_incident_child", "batch_id", "position"),
     sa.Index("batchtrack_incident_detected", "detected_at"),
+    sa.Index("batchtrack_incident_fingerprint", "fingerprint", "detected_at", **_where("fingerprint IS NOT NULL")),
     sa.Index("batchtrack_incident_item", "item", **_where("item IS NOT NULL")),
     # Who went down with the same worker.
     sa.Index("batchtrack_incident_worker", "worker_id", **_where(WITH_ITS_WORKER)),

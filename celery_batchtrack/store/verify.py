@@ -20,7 +20,7 @@ from celery_batchtrack.vocabulary.states import (
 
 from .clock import age
 from .engine import Connected
-from .schema import batch, child, incident, outcome, tally, worker
+from .schema import batch, child, incident, meta, outcome, tally, worker
 
 _OPEN = [each.value for each in OPEN]
 _ENDED = [each.value for each in BATCH_ENDED]
@@ -81,7 +81,8 @@ def tally_equals_rows(grace: float) -> sa.Select[Any]:
 
 @check
 def what_ended_is_counted(grace: float) -> sa.Select[Any]:
-    """As many ends as there are settled children were counted, or more, where some ended more than once."""
+    """As many ends as there are settled children were counted, or more, where some ended more than once. Batches that
+    were there before ends were counted, or within a day of that, are not judged: older workers count nothing."""
     ended = [each.value for each in _COUNTED]
     count = tally.c.completed + tally.c.failed + tally.c.crashed + tally.c.cancelled
     settled = (
@@ -93,9 +94,11 @@ def what_ended_is_counted(grace: float) -> sa.Select[Any]:
         .where(outcome.c.status.in_(ended)).group_by(outcome.c.batch_id).subquery()
     )
     joined = settled.outerjoin(events, events.c.batch_id == settled.c.batch_id)
+    joined = joined.join(batch, batch.c.id == settled.c.batch_id)
+    too_old = sa.exists().where(meta.c.counted_from > batch.c.created_at)
     return (
         sa.select(_label(settled.c.batch_id)).select_from(joined)
-        .where(sa.func.coalesce(events.c.n, 0) < settled.c.n)
+        .where(sa.func.coalesce(events.c.n, 0) < settled.c.n, ~too_old)
     )  # fmt: skip
 
 

@@ -1,2 +1,2 @@
-"""A real Django project, made by `django-admin startproject` and docs/django.md. Django's settings are configured
-once a process: everything of Django runs in processes of its own."""
+"""A real Django project, made by `django-admin startproject` and the README. Django's settings are configured once a
+process: everything of Django runs in processes of its own."""

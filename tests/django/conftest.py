@@ -12,7 +12,7 @@ from tests.servers import PostgresServer
 
 @pytest.fixture(scope="package", params=["sqlite", "postgresql"])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """Made by docs/django.md, and migrated."""
+    """Made by the README, and migrated."""
     pytest.importorskip("django")
     folder = tmp_path_factory.mktemp("django")
     if request.param == "sqlite":

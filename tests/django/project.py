@@ -1,4 +1,4 @@
-"""The project that docs/django.md describes, word for word."""
+"""The project that the README's section on Django describes, word for word."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers import ROOT, unique
 from tests.nodes import ProcessWorker
 from tests.unit.test_docs import blocks
 
-#: What a test's machine needs beside the settings there.
+#: What a test's machine needs beside the README's settings.
 OURS = """
 import logging
 logging.getLogger("django.request").setLevel("CRITICAL")
@@ -26,11 +26,11 @@ CELERY_BROKER_URL = f"batchtrack+filesystem://{BASE_DIR / 'broker'}"
 """
 
 
-def described_files() -> dict[str, str]:
+def readme_files() -> dict[str, str]:
     """By path, as the first line of each block says."""
-    found = [each for each in blocks("python") if each.path.name == "django.md" and "tests/django" in each.remark]
+    found = [each for each in blocks("python") if each.path.name == "README.md" and "tests/django" in each.remark]
     named = {re.match(r"# (\S+\.py)\n", each.code): each.code for each in found}
-    assert None not in named, "each block of the page begins with the path of its file"
+    assert None not in named, "each block of the section begins with the path of its file"
     return {match[1]: code for match, code in named.items() if match is not None}
 
 
@@ -42,7 +42,7 @@ class Project:
         self.folder = folder / "shop"
         self._python("-m", "django", "startproject", "shop", cwd=folder)
         self.manage("startapp", "uploads")
-        for path, code in described_files().items():
+        for path, code in readme_files().items():
             self.write(path, code, append=path == "shop/settings.py")
         self.write("shop/settings.py", OURS + _database(url), append=True)
 

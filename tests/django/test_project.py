@@ -1,4 +1,4 @@
-"""The Django project of docs/django.md works: its tests, its migrations, and a worker."""
+"""The README's Django project works: its tests, its migrations, and a worker."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.django.project import Project, described_files
+from tests.django.project import Project, readme_files
 
 SUITE = Path(__file__).with_name("suite.py")
 
 
 def test_the_readme_has_the_whole_project() -> None:
-    assert {"shop/celery.py", "shop/__init__.py", "shop/settings.py", "uploads/tests.py"} <= set(described_files())
+    assert {"shop/celery.py", "shop/__init__.py", "shop/settings.py", "uploads/tests.py"} <= set(readme_files())
 
 
 def test_its_own_tests_pass_and_ours_too(project: Project) -> None:

@@ -381,6 +381,7 @@ _ADDED = {
         "max_in_flight", "priority", "dispatch_at", "paid_until",
     },
     "batchtrack_child": {"origin", "isolated", "rerouted", "weight", "result_id"},
+    "batchtrack_meta": {"counted_from"},
     "batchtrack_tally": {"weight_total", "weight_done"},
     "batchtrack_incident": {
         "exception", "stack", "python_frame", "fingerprint", "item", "item_index", "items_done", "note",
@@ -469,6 +470,9 @@ def test_rows_of_the_first_schema_are_kept_and_go_on_under_the_present_one(datab
         assert names == set(after[table][0]) - set(before[table][0]), table
     counted = {(each.status, each.detail, each.children) for each in store.outcome_totals()}
     assert counted == {("completed", "", 1), ("crashed", "", 1), ("died", "SIGSEGV", 1)}, "as if counted at their end"
+    with store.write() as connection:
+        connection.execute(sa.delete(schema.outcome))
+    assert {each.check for each in store.verify(60.0) if each.violations} & {"what_ended_is_counted"} == set()
     scene = Scene(store, worker_id)
     assert scene.violations() == {}
     assert {(row.origin, row.isolated, row.rerouted) for row in scene.rows(batch_id)} == {(None, False, False)}

@@ -54,11 +54,19 @@ def upgrade() -> None:
     _index("batchtrack_child_task_id", "batchtrack_child", ["task_id"], "finished_at IS NOT NULL", "hash")
     _index("batchtrack_tally_crashed", "batchtrack_tally", ["batch_id"], "crashed > 0")
     _index("batchtrack_tally_failed", "batchtrack_tally", ["batch_id"], "failed > 0")
+    _index(
+        "batchtrack_incident_fingerprint", "batchtrack_incident", ["fingerprint", "detected_at"],
+        "fingerprint IS NOT NULL",
+    )  # fmt: skip
     _index("batchtrack_incident_item", "batchtrack_incident", ["item"], "item IS NOT NULL")
 
 
     _index("batchtrack_batch_not_completed", "batchtrack_batch", ["created_at"], "status <> 'completed'")
     _count_what_ended()
+    op.add_column("batchtrack_meta", sa.Column("counted_from", Moment()))
+    # Workers of the version before go on for a while, and count nothing.
+    later = "strftime('%Y-%m-%d %H:%M:%f000', 'now', '+1 day')" if _is_sqlite() else "now() + interval '1 day'"
+    op.execute(f"UPDATE batchtrack_meta SET counted_from = {later} WHERE EXISTS (SELECT 1 FROM batchtrack_batch)")
 
 
 #: Upper bounds of the classes of durations, as they were at this step.
@@ -121,7 +129,9 @@ def _index(name: str, table: str, columns: list[Any], where: str, using: str | N
 
 
 def downgrade() -> None:
+    op.drop_column("batchtrack_meta", "counted_from")
     for name, table in (
+        ("batchtrack_incident_fingerprint", "batchtrack_incident"),
         ("batchtrack_batch_not_completed", "batchtrack_batch"),
         ("batchtrack_incident_item", "batchtrack_incident"), ("batchtrack_tally_failed", "batchtrack_tally"),
         ("batchtrack_tally_crashed", "batchtrack_tally"), ("batchtrack_child_task_id", "batchtrack_child"),
