@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 import socket
 import sys
@@ -114,6 +115,7 @@ def test_every_state_is_told_and_totals_survive_another_round_and_pruning(app: C
 def test_a_database_that_does_not_answer_is_told_at_once_and_so_is_its_return(
     app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "celery_batchtrack")
     store: Store = BatchTrack.of(app).store
     go_on, broken = threading.Event(), threading.Event()
     go_on.set()
