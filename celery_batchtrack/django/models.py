@@ -142,3 +142,21 @@ class Tally(_OfTheTables):
 
     class Meta(_OfTheTables.Meta):
         db_table = "batchtrack_tally"
+
+
+class Outcome(_OfTheTables):
+    """Counts of what ended: read them through the view `batchtrack_outcome_per_hour`."""
+
+    batch_id = IdentifierField(primary_key=True)
+
+    class Meta(_OfTheTables.Meta):
+        db_table = "batchtrack_outcome"
+
+
+class QuarantinedItem(_OfTheTables):
+    """Items that killed: read them by `batchtrack quarantine list`."""
+
+    task = models.CharField(max_length=255, primary_key=True)
+
+    class Meta(_OfTheTables.Meta):
+        db_table = "batchtrack_quarantine"

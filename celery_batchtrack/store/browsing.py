@@ -26,6 +26,8 @@ from .schema import HAS_ENDED, NOT_COMPLETED, ONE_ITEM, batch, child, incident, 
 
 #: Children that are read through for what no index knows.
 SEARCHED = 50_000
+#: Batches that may have an item in common.
+HAVING = 500
 _ALIVE = [each.value for each in BATCH_ALIVE]
 _UNHAPPY = (Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
@@ -100,13 +102,18 @@ class Browsing(Finding):
     def _with_child(self, text: str) -> tuple[list[uuid.UUID], bool]:
         """Batches with a child that has this item or task id; whether there is more than was looked through."""
         by_index = [
-            sa.select(child.c.batch_id).where(first_item(child.c["items"]) == text, ONE_ITEM).limit(500),
-            sa.select(child.c.batch_id).where(child.c.task_id == text, HAS_ENDED).limit(500),
-            sa.select(incident.c.batch_id).where(incident.c.item == text, incident.c.item.is_not(None)).limit(500),
+            sa.select(child.c.batch_id).where(first_item(child.c["items"]) == text, ONE_ITEM),
+            sa.select(child.c.batch_id).where(child.c.task_id == text, HAS_ENDED),
+            sa.select(incident.c.batch_id).where(incident.c.item == text, incident.c.item.is_not(None)),
         ]
+        found: set[uuid.UUID] = set()
         with self.read() as connection:
-            found = {each for query in by_index for each in connection.execute(query).scalars()}
             newest, beyond = _newest_with(connection, SEARCHED)
+            for query in by_index:  # ids are ordered by time: the newest are those to keep
+                having = query.distinct().order_by(sa.desc("batch_id")).limit(HAVING + 1)
+                ids = list(connection.execute(having).scalars())
+                beyond |= len(ids) > HAVING
+                found.update(ids[:HAVING])
             others = sa.select(child.c.batch_id).where(
                 child.c.batch_id.in_(newest), sa.or_(child.c.item_count > 1, child.c.finished_at.is_(None)),
                 sa.or_(self._has_item(text), child.c.task_id == text),
@@ -221,12 +228,14 @@ def _newest_with(connection: sa.Connection, children: int) -> tuple[list[uuid.UU
     """The newest batches that have so many children together; whether there are others."""
     newest = sa.select(batch.c.id, batch.c.next_position).order_by(batch.c.created_at.desc(), batch.c.id.desc())
     ids: list[uuid.UUID] = []
+    beyond = False
     for row in connection.execute(newest.limit(201)):
+        if row.next_position > children or len(ids) == 200:
+            beyond = True  # one that is too large by itself must not hide those before it
+            continue
         children -= row.next_position
-        if children < 0 or len(ids) == 200:
-            return ids, True
         ids.append(row.id)
-    return ids, False
+    return ids, beyond
 
 
 __all__ = ["SEARCHED", "Browsing", "ChildPage", "Found"]

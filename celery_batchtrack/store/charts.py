@@ -101,6 +101,13 @@ class Charting(Connected):
         with self.read() as connection:
             return [Bin(max(0, row[0]), row[1], int(row[2])) for row in connection.execute(query)]
 
+    def first_end(self, batch_id: uuid.UUID) -> datetime | None:
+        """The minute in which the first of a batch's children ended."""
+        query = sa.select(sa.func.min(outcome.c.time)).where(outcome.c.batch_id == batch_id)
+        with self.read() as connection:
+            found: datetime | None = connection.execute(query).scalar_one()
+            return found
+
     def deaths_of(self, batch_id: uuid.UUID, limit: int = 500) -> list[datetime]:
         """When runs of a batch died."""
         query = sa.select(sa.func.coalesce(incident.c.died_at, incident.c.detected_at, type_=incident.c.died_at.type))

@@ -25,7 +25,7 @@ from celery_batchtrack.vocabulary.states import (
 
 from .batches import BatchWrites
 from .callbacks import is_callback
-from .clock import fresh_id
+from .clock import fresh_id, now
 from .rows import CHILD_COLUMNS, child_row
 from .schema import batch, child
 from .transitions import MOVED, change, change_batch, lock_in_order, move
@@ -246,6 +246,8 @@ class Rounds(BatchWrites):
                 self._take_along(connection, each, None, None, batches)
             ended = child.c.status.in_([each.value for each in statuses])
             connection.execute(change(RETRY, wanted, ended, **_afresh()))
+            if found:
+                connection.execute(sa.update(batch).where(batch.c.id == row.id).values(round_at=now()))
             return Retried(row.id, row.round, len(found), (row.id, *batches))
 
 
@@ -264,7 +266,7 @@ def _afresh() -> dict[str, Any]:
 def _next_round(row: BatchRow) -> dict[str, Any]:
     return {
         "round": row.round + 1, "reason": None, "finished_at": None, "paused_at": None, "pause_reason": None,
-        "untold": False, "deadline_at": None, "deaths": 0, "crash_samples": None,
+        "untold": False, "deadline_at": None, "deaths": 0, "crash_samples": None, "round_at": now(),
     }  # fmt: skip
 
 

@@ -130,6 +130,7 @@ batch = sa.Table(
     sa.Column("deaths", sa.BigInteger, nullable=False, server_default="0"),  # counted only where there is a breaker
     sa.Column("crash_samples", Json),  # its sliding window: see `policies.CrashRate`
     sa.Column("started_at", Moment),
+    sa.Column("round_at", Moment),  # when another round of it, or of its callbacks, began
     sa.Column("finished_at", Moment),
     sa.CheckConstraint(_one_of("status", BatchStatus), name="status"),
     sa.CheckConstraint("(status IN ('open', 'running')) = (finished_at IS NULL)", name="finished"),
@@ -210,6 +211,7 @@ child = sa.Table(
         "batchtrack_child_callback", "batch_id", "round", "kind", "ordinal", unique=True,
         **_where("kind <> 'child'"),
     ),
+    sa.Index("batchtrack_child_callback_waiting", "batch_id", **_where("kind <> 'child' AND status = 'pending'")),
     # One slot of one worker runs at most one child.
     sa.Index("batchtrack_child_slot", "worker_id", "slot", unique=True, **_where("status = 'running'")),
     # Who waits for a nested batch; callbacks and chains by the id that their caller knows.

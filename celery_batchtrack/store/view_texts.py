@@ -45,6 +45,10 @@ class Words:
         """See `clock.bare`."""
         return f"+{column}" if self.sqlite else column
 
+    def among(self, column: str, query: str) -> str:
+        """What the query finds. As an array PostgreSQL looks each up, where it would read the whole table for an OR."""
+        return f"{column} IN ({query})" if self.sqlite else f"{column} = ANY (ARRAY ({query}))"
+
     def least(self, first: str, second: str) -> str:
         return f"min({first}, {second})" if self.sqlite else f"least({first}, {second})"
 
@@ -119,9 +123,9 @@ def _incidents(words: Words, *, deaths: bool) -> str:
         else ",\n  i.exception, i.traceback, (i.detected_by IS NOT NULL) AS is_crash"
     )  # fmt: skip
     where = (
-        "i.detected_by IS NOT NULL AND i.overturned_at IS NULL" if deaths
-        else "i.outcome NOT IN ('late_write', 'redispatched') AND i.overturned_at IS NULL"
-    )  # fmt: skip
+        "i.outcome NOT IN ('late_write', 'redispatched') AND i.overturned_at IS NULL"
+        + (" AND i.detected_by IS NOT NULL" if deaths else "")
+    )
     return f"""\
 SELECT i.id AS incident_id, i.batch_id, b.name AS batch_name, i.position, c.task, c.task_id,
   coalesce(i.item, CASE WHEN c.item_count = 1 THEN {words.item("c.items")} END) AS item, c.items,
@@ -305,6 +309,14 @@ def stuck_batch(words: Words) -> str:
         f"SELECT 1 FROM batchtrack_child c WHERE {waits} AND c.waits_on_batch IS NULL\n"
         f"        AND (c.not_before IS NULL OR c.not_before < {words.ago(QUIET)})"
     )
+    candidates = f"""
+      SELECT o.id FROM batchtrack_batch o WHERE o.status IN ('open', 'running')
+      UNION
+      SELECT c.batch_id FROM batchtrack_child c
+      JOIN batchtrack_batch o ON o.id = c.batch_id AND o.round = c.round
+      WHERE c.kind <> 'child' AND c.status = 'pending' AND c.waits_on_batch IS NULL
+        AND (c.not_before IS NULL OR c.not_before < {words.ago(QUIET)})
+        AND c.created_at < {words.ago(QUIET)} AND coalesce(o.round_at, c.created_at) < {words.ago(QUIET)}"""
     return f"""\
 SELECT batch_id, name, status, reason,
   CASE reason
@@ -341,15 +353,13 @@ FROM (
       (SELECT count(*) FROM batchtrack_child c WHERE {runs}) AS running,
       (SELECT CAST(coalesce(sum(total - completed - failed - crashed - cancelled), 0) AS bigint)
         FROM batchtrack_tally t WHERE t.batch_id = b.id) AS open,
-      b.status = 'running' AND EXISTS ({due}) AS is_due,
-      {words.latest("coalesce(b.finished_at, b.started_at, b.created_at)",
+      b.status = 'running' AND (b.dispatch_at IS NULL OR b.dispatch_at < {words.ago(QUIET)})
+        AND EXISTS ({due}) AS is_due,
+      {words.latest("coalesce(b.finished_at, b.started_at, b.created_at)", "coalesce(b.round_at, b.created_at)",
                     "coalesce((SELECT max(o.time) FROM batchtrack_outcome o WHERE o.batch_id = b.id), b.created_at)")}
         AS last_at
     FROM batchtrack_batch b
-    WHERE b.status IN ('open', 'running') OR b.id IN (
-      SELECT c.batch_id FROM batchtrack_child c
-      WHERE c.kind <> 'child' AND c.status = 'pending' AND c.created_at < {words.ago(QUIET)}
-)
+    WHERE {words.among("b.id", candidates)}
   ) p
 ) r
 WHERE reason IS NOT NULL"""

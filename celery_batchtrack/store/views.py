@@ -142,34 +142,72 @@ def named(name: str) -> View:
     return found
 
 
+def _readers(connection: sa.Connection) -> dict[str, list[str]]:
+    """Who was granted SELECT on our views: relation → roles, quoted."""
+    query = sa.text(
+        "SELECT table_name, CASE grantee WHEN 'PUBLIC' THEN 'PUBLIC' ELSE quote_ident(grantee) END"
+        " FROM information_schema.role_table_grants WHERE privilege_type = 'SELECT' AND grantee <> grantor"
+        " AND table_schema = current_schema() AND table_name = ANY (:names)"
+    )
+    found: dict[str, list[str]] = {}
+    for name, role in connection.execute(query, {"names": [view.relation for view in _ALL]}):
+        found.setdefault(name, []).append(role)
+    return found
+
+
 class Viewing(Connected):
     """Makes the views, and reads them."""
 
+    _readers: Mapping[str, Sequence[str]] = MappingProxyType({})
+
     def _before_steps(self, connection: sa.Connection) -> None:
+        """Steps may change what the views read. Who may read them is kept in mind."""
         super()._before_steps(connection)
-        for view in reversed(_ALL):
-            connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view.relation}")
+        self._readers = {} if self.sqlite else _readers(connection)
+        self._drop(connection)
 
     def _after_steps(self, connection: sa.Connection) -> None:
         super()._after_steps(connection)
-        if migrate.reaches(connection):
-            for view in _ALL:
-                self._make(connection, view)
+        if not migrate.reaches(connection):
+            return
+        changed = [view for view in _ALL if not self._is_made(connection, view)]
+        if changed and self.sqlite:
+            self._drop(connection)
+            changed = list(_ALL)
+        for view in changed:
+            self._make(connection, view)
+
+    def _drop(self, connection: sa.Connection) -> None:
+        try:
+            for view in reversed(_ALL):
+                connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view.relation}")
+        except sa.exc.DBAPIError as error:
+            told = " ".join(str(error.orig).split())
+            advice = "drop what you built upon our views, migrate, and make it anew"
+            raise errors.SchemaError(f"tracking database {self.shown_url}: {told} ({advice})") from error
+
+    def _is_made(self, connection: sa.Connection, view: View) -> bool:
+        text, mark = self._definition(view)
+        query, parameters = _made(view, sqlite=self.sqlite)
+        return bool(connection.execute(query, parameters).scalar_one_or_none() == (text if self.sqlite else mark))
+
+    def _definition(self, view: View) -> tuple[str, str]:
+        """The statement, and a mark by which it is known."""
+        text = f"CREATE VIEW {view.relation} AS\n{self.view_query(view.name)}"
+        return text, f"{view.summary} [{hashlib.sha256(text.encode()).hexdigest()[:12]}]"
 
     def _make(self, connection: sa.Connection, view: View) -> None:
-        """Unless it is there already, as it should be. Whatever is built upon it is named by the database."""
-        text = f"CREATE VIEW {view.relation} AS\n{self.view_query(view.name)}"
-        mark = f"{view.summary} [{hashlib.sha256(text.encode()).hexdigest()[:12]}]"
-        if (text if self.sqlite else mark) == connection.execute(*_made(view, sqlite=self.sqlite)).scalar_one_or_none():
-            return
-        connection.exec_driver_sql(f"DROP VIEW IF EXISTS {view.relation}")
-        connection.exec_driver_sql(text if self.sqlite else text.replace("%", "%%"))  # psycopg looks for parameters
+        text, mark = self._definition(view)
         if self.sqlite:
+            connection.exec_driver_sql(text)
             return
+        # Replaced, it keeps its grants and what is built upon it. psycopg looks for parameters.
+        connection.exec_driver_sql(text.replace("CREATE VIEW", "CREATE OR REPLACE VIEW", 1).replace("%", "%%"))
         connection.exec_driver_sql(f"COMMENT ON VIEW {view.relation} IS '{mark}'")
         reader = connection.execute(sa.text("SELECT 1 FROM pg_roles WHERE rolname = :name"), {"name": READER})
-        if reader.one_or_none() is not None:
-            connection.exec_driver_sql(f"GRANT SELECT ON {view.relation} TO {READER}")
+        readers = {*self._readers.get(view.relation, ()), *((READER,) if reader.one_or_none() is not None else ())}
+        for role in sorted(readers):
+            connection.exec_driver_sql(f"GRANT SELECT ON {view.relation} TO {role}")
 
     def view_query(self, name: str) -> str:
         """A view's SELECT, for this database. Raises InvalidOption."""
@@ -205,9 +243,17 @@ class Viewing(Connected):
         if since is not None:
             query = query.where(column(since[0]) >= later(-since[1]))
         for each in order_by:
-            query = query.order_by(column(each[1:]).desc().nulls_last() if each[0] == "-" else column(each))
+            query = query.order_by(_descending(column(each[1:])) if each[0] == "-" else column(each))
         with self.read() as connection:
             return [dict(row) for row in connection.execute(query.limit(limit)).mappings()]
+
+
+#: Never NULL in any view: without NULLS LAST, an index on them is read from its end.
+_NEVER_NULL = ("created_at", "detected_at", "last_at", "position", "rank", "time")
+
+
+def _descending(column: sa.ColumnClause[Any]) -> sa.UnaryExpression[Any]:
+    return column.desc() if column.name in _NEVER_NULL else column.desc().nulls_last()
 
 
 def _made(view: View, *, sqlite: bool) -> tuple[sa.TextClause, dict[str, str]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 import uuid
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def batch_list(
     """
     if chip not in CHIPS:
         raise errors.InvalidOption(f"no batches {chip!r}: there are {', '.join(CHIPS)}")
-    search = search.strip().replace("\0", "")
+    search = _asked(search.strip(), 255) or ""
     found = store.browse_batches(chip=chip, search=search, after=_moment_and_id(after), limit=limit)
     listed = _batches(store, found.ids)
     last = listed[-1] if listed else None
@@ -53,7 +54,8 @@ def batch_list(
         "chip": chip, "search": search, "batches": listed,
         "next": f"{last['created_at']}~{last['batch_id']}" if last is not None and found.more else None,
         "searched": (
-            "Children that have not ended, or have several items, were looked through in the newest batches only"
+            "Not all was looked through: children that have not ended, or have several items, only in the newest"
+            " batches, and of those with it the newest are shown"
             if found.beyond else None
         ),
     }  # fmt: skip
@@ -64,9 +66,16 @@ def _moment_and_id(cursor: str | None) -> tuple[datetime, uuid.UUID] | None:
         return None
     moment, _, batch_id = cursor.partition("~")
     try:
-        return datetime.fromisoformat(moment), uuid.UUID(batch_id)
-    except ValueError:
+        return datetime.fromisoformat(moment).astimezone(UTC), uuid.UUID(batch_id)
+    except (ValueError, OverflowError):
         raise errors.InvalidOption(f"{cursor[:100]!r} is no page of this list: begin with the first") from None
+
+
+def _asked(text: str | None, limit: int = 1000) -> str | None:
+    """Text from outside as a database takes it."""
+    if text is None:
+        return None
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()[:limit]
 
 
 def _batches(store: Store, ids: Sequence[uuid.UUID]) -> list[Object]:
@@ -112,27 +121,26 @@ def _one(store: Store, batch_id: uuid.UUID) -> Object:
 
 
 def throughput(store: Store, batch_id: uuid.UUID, batch: Object) -> Object:
-    """{bin_seconds, bins: [{time, completed, failed, crashed, cancelled}]}, from the batch's start until now or its
-    end; no bins before it started."""
+    """{bin_seconds, bins: [{time, completed, failed, crashed, cancelled}]}, from the batch's start, or the first end of
+    a child before it, until now or its end; no bins before anything began."""
     row = store.batches([batch_id]).get(batch_id)
-    start = None if row is None else row.started_at or row.created_at
-    seconds = float(batch["seconds"] or 0.0)
-    if start is None or not seconds:
+    if row is None or (row.started_at is None and not row.start_now):
         return {"bin_seconds": 60, "bins": []}
+    start, first = row.started_at or row.created_at, store.first_end(batch_id)
+    if first is not None and first + timedelta(minutes=1) <= start:
+        start = first  # it was sealed, or sealed again, later
+    seconds = ((row.finished_at or store.current_time()) - start).total_seconds()
     by_minute = batch["total"] > 5_000 or seconds > 3600.0
     width = _width(seconds, 60 if by_minute else 1)
     if by_minute:
         start = start.replace(second=0, microsecond=0)
-    counts: dict[int, Object] = {}
+    counts: dict[int, Counter[str]] = defaultdict(Counter)
     for each in store.throughput(batch_id, start, width, by_minute=by_minute):
-        counts.setdefault(each.index, {})[each.status] = each.children
+        counts[each.index][each.status] += each.children
     last = max([int(seconds // width), *counts])
     names = ("completed", "failed", "crashed", "cancelled")
     bins = [
-        {
-            "time": start + timedelta(seconds=index * width),
-            **{name: counts.get(index, {}).get(name, 0) for name in names},
-        }
+        {"time": start + timedelta(seconds=index * width), **{name: counts[index][name] for name in names}}
         for index in range(min(last, 4 * _BINS) + 1)
     ]
     return {"bin_seconds": width, "bins": bins}
@@ -167,8 +175,8 @@ def child_list(
     if status is not None and status not in {each.value for each in Status}:
         raise errors.InvalidOption(f"no status {status!r}: there are {', '.join(Status)}")
     page = store.browse_children(
-        batch_id, status=status, item=item, worker_name=worker, fingerprint=fingerprint,
-        after=-1 if after is None else after, limit=limit,
+        batch_id, status=status, item=_asked(item), worker_name=_asked(worker), fingerprint=_asked(fingerprint),
+        after=-1 if after is None else max(-1, min(after, 2**62)), limit=limit,
     )  # fmt: skip
     searched = None if page.searched_to is None else f"looked up to #{page.searched_to}: go on for more"
     return {"children": _children(store, batch_id, page.rows), "next": page.next, "searched": searched}
@@ -225,6 +233,7 @@ def child_page(store: Store, batch_id: uuid.UUID, position: int) -> Object:
 
 def crashes(store: Store, *, task: str | None = None, signal: str | None = None, host: str | None = None) -> Object:
     """Failures of the last seven days by root cause, items that died more than once, and what to narrow them by."""
+    task, signal, host = _asked(task), _asked(signal), _asked(host)
     found = store.signatures(task=task, signal=signal, host=host, within=list(WINDOWS.values()), since=_WEEK)
     rows = _with_stacks(store, found)
     for row, signature in zip(rows, found, strict=True):

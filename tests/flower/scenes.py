@@ -147,7 +147,7 @@ def _paused(scene: Scene) -> uuid.UUID:
     scene.set_batch(batch, name="newsletter")
     for at in range(9):
         scene.complete(scene.run(batch, at))
-    scene.store.pause(batch, "user")
+    scene.store.pause(batch, "by hand")
     return batch
 
 

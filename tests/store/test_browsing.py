@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
+import sqlalchemy as sa
 
 from celery_batchtrack import errors
-from celery_batchtrack.store import Store, browsing, charts, reading_at_most
+from celery_batchtrack.store import Store, browsing, charts, reading_at_most, schema
 from celery_batchtrack.store.clock import later
 from celery_batchtrack.surfaces import jsonio, reading
 from celery_batchtrack.vocabulary.evidence import Evidence
@@ -100,6 +101,32 @@ def test_how_far_an_item_was_looked_for_is_said(scene: Scene, monkeypatch: pytes
     assert found["batches"] == [] and "newest" in found["searched"]
 
 
+def test_a_large_batch_hides_no_other_and_the_newest_of_many_are_found(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(browsing, "SEARCHED", 3)
+    monkeypatch.setattr(browsing, "HAVING", 2)
+    waiting = scene.batch([documents("needle")])
+    scene.batch(6)
+    found = reading.batch_list(scene.store, chip="all", search="needle")
+    assert [each["batch_id"] for each in found["batches"]] == ids(waiting) and found["searched"]
+    many = [ended(scene, "complete", "NIGHTLY-1") for _ in range(4)]
+    found = reading.batch_list(scene.store, chip="all", search="NIGHTLY-1")
+    assert [each["batch_id"] for each in found["batches"]] == ids(*many[:-3:-1]) and found["searched"]
+
+
+def test_odd_text_from_outside_finds_nothing(scene: Scene) -> None:
+    batch_id = ended(scene)
+    for odd in ("\0", "\ud800", "x" * 200_000, "\\"):
+        assert reading.batch_list(scene.store, chip="all", search=odd)["batches"] == []
+        for how in ("item", "worker", "fingerprint"):
+            assert reading.child_list(scene.store, batch_id, **{how: odd})["children"] == []  # type: ignore[arg-type]
+        assert reading.crashes(scene.store, task=odd, signal=odd, host=odd)["signatures"] == []
+    assert reading.child_list(scene.store, batch_id, after=2**70)["children"] == []
+    with pytest.raises(errors.InvalidOption):
+        reading.batch_list(scene.store, after=f"0001-01-01T00:00:00+14:00~{batch_id}")
+
+
 def test_what_is_no_page_and_no_chip_is_a_clear_error(store: Store) -> None:
     with pytest.raises(errors.InvalidOption, match="begin with the first"):
         reading.batch_list(store, after="2026-01-01'; DROP")
@@ -151,6 +178,20 @@ def test_a_large_batch_is_counted_by_the_minute_and_sampled(scene: Scene, monkey
     bins = page["throughput"]["bins"]
     assert page["throughput"]["bin_seconds"] == 60 and sum(each["completed"] for each in bins) == 6
     assert len(bins) >= 116 and bins[1]["time"] - bins[0]["time"] == timedelta(seconds=60)
+
+
+def test_what_ended_before_the_seal_is_in_the_plot(scene: Scene) -> None:
+    batch_id = scene.batch(3, seal=False, start_now=True)
+    scene.set_batch(batch_id, created_at=later(-700.0))
+    for position in range(3):
+        claimed = scene.run(batch_id, position)
+        scene.complete(claimed)
+        scene.set_child(claimed.key, finished_at=later(-600.0 + 60 * position))
+    scene.execute(sa.update(schema.outcome).values(time=later(-600.0)))
+    for seal in (lambda: None, lambda: scene.store.seal(batch_id)):
+        seal()
+        bins = reading.batch_page(scene.store, batch_id)["throughput"]["bins"]
+        assert sum(each["completed"] for each in bins) == 3 and len([each for each in bins if each["completed"]]) == 3
 
 
 def test_unknown_ids_are_told_apart(scene: Scene) -> None:

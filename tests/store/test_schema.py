@@ -378,7 +378,7 @@ _ADDED = {
     "batchtrack_batch": {
         "pause_reason", "watch_crashes", "deaths", "crash_samples", "parent_batch", "parent_position", "watch_progress",
         "untold", "result_id", "description", "tags", "metadata", "deadline_at",
-        "max_in_flight", "priority", "dispatch_at", "paid_until",
+        "max_in_flight", "priority", "dispatch_at", "paid_until", "round_at",
     },
     "batchtrack_child": {"origin", "isolated", "rerouted", "weight", "result_id"},
     "batchtrack_meta": {"counted_from"},

@@ -9,13 +9,14 @@ import pytest
 import sqlalchemy as sa
 
 from celery_batchtrack import errors
-from celery_batchtrack.store import Store
-from celery_batchtrack.store.clock import later
+from celery_batchtrack.store import Store, schema
+from celery_batchtrack.store.clock import later, now
 from celery_batchtrack.store.verify import LIVENESS
 from celery_batchtrack.store.views import READER, VIEWS
 from celery_batchtrack.vocabulary.evidence import Evidence
 from celery_batchtrack.vocabulary.ids import ChildKey
-from celery_batchtrack.vocabulary.states import Cause, Detector
+from celery_batchtrack.vocabulary.states import Cause, Detector, Status
+from tests.helpers import unique
 from tests.servers import PostgresServer
 from tests.store.kit import SEGFAULT, Scene, documents, statements
 
@@ -158,6 +159,30 @@ def test_a_batch_that_does_not_go_on_says_why(scene: Scene, reason: str) -> None
         assert scene.store.view("stuck_batch") == [], "its children are due later"
 
 
+def test_what_waits_for_good_reason_is_not_stuck(scene: Scene) -> None:
+    def ended(**values: object) -> uuid.UUID:
+        batch_id = scene.batch(1, calls=("on_success",))
+        scene.complete(scene.run(batch_id))
+        scene.store.finish(batch_id)
+        (callback,) = scene.store.callback_rows(batch_id)
+        scene.set_child(callback.key, created_at=later(-4000.0), **values)
+        scene.set_batch(batch_id, created_at=later(-4000.0), started_at=later(-4000.0), finished_at=later(-4000.0))
+        return batch_id
+
+    ended(waits_on_batch=scene.batch(1))
+    ended(not_before=later(3000.0))
+    assert scene.store.retry_callbacks(ended(status="crashed", cause="exit", finished_at=now()), [Status.CRASHED])
+    held = scene.batch(1)
+    scene.set_batch(held, created_at=later(-4000.0), started_at=later(-4000.0), dispatch_at=later(3600.0))
+    again = scene.batch(1)
+    scene.crash(scene.run(again))
+    scene.store.finish(again)
+    scene.set_batch(again, created_at=later(-90_000.0), started_at=later(-90_000.0), finished_at=later(-86_400.0))
+    scene.execute(sa.update(schema.outcome).values(time=later(-86_400.0)))
+    assert scene.store.retry(again, [Status.CRASHED])
+    assert scene.store.view("stuck_batch") == []
+
+
 def test_an_ended_batch_whose_callback_nobody_takes_is_stuck(scene: Scene) -> None:
     batch_id = scene.batch(1, calls=("on_success",))
     scene.complete(scene.run(batch_id))
@@ -225,18 +250,62 @@ def test_a_query_can_be_run_as_it_is_printed(shop: tuple[Scene, uuid.UUID]) -> N
 # -- made by migrate --------------------------------------------------------------------------------
 
 
+def _made(sent: list[str]) -> list[str]:
+    return [each.split(" AS")[0].split()[-1] for each in sent if each.startswith(("CREATE VIEW", "CREATE OR REPLACE"))]
+
+
 def test_views_are_made_again_only_if_they_changed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.store_id
     with statements(store.engine) as sent:
         store.migrate()
-    assert not [each for each in sent if "VIEW" in each]
+    assert _made(sent) == []
+    for name, view in VIEWS.items():  # each by itself, also where others read it
+
+        def changed(self: Store, each: str, name: str = name, real: Any = Store.view_query) -> str:
+            return str(real(self, each)) + ("\n-- changed" if each == name else "")
+
+        with monkeypatch.context() as patched, statements(store.engine) as sent:
+            patched.setattr(Store, "view_query", changed)
+            store.migrate()
+        assert view.relation in _made(sent) and (store.sqlite or len(_made(sent)) <= 2), "and the one before, back"
+    store.migrate()
+    assert store.view("failure_signature") == []
+
+
+def test_what_others_built_upon_a_view_and_who_may_read_it_stays(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, role = Store(postgres_url, auto_migrate=True), unique("grafana")
+    assert store.store_id
+    real = Store.view_query
     with store.write() as connection:
-        connection.exec_driver_sql("DROP VIEW batchtrack_crash")
-    with statements(store.engine) as sent:
-        store.migrate()
-    assert [each.split()[:3] for each in sent if each.startswith("CREATE VIEW")] == [
-        ["CREATE", "VIEW", "batchtrack_crash"]
-    ]
+        for each in (
+            f"CREATE ROLE {role}", f"GRANT SELECT ON batchtrack_crash TO {role}",
+            "CREATE VIEW my_crashes AS SELECT item FROM batchtrack_crash",
+        ):  # fmt: skip
+            connection.exec_driver_sql(each)
+    may = f"SELECT has_table_privilege('{role}', 'batchtrack_crash', 'SELECT')"
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Store, "view_query", lambda self, name: real(self, name) + "\n-- changed")
+            store.migrate()
+        with store.read() as connection:
+            assert connection.exec_driver_sql(may).scalar_one()
+            connection.exec_driver_sql("SELECT * FROM my_crashes")
+        with store.write() as connection:  # a step that is still to come drops them all
+            with pytest.raises(errors.SchemaError, match=r"my_crashes.*drop what you built"):
+                store._before_steps(connection)
+            connection.rollback()
+        with store.engine.begin() as connection:
+            connection.exec_driver_sql("DROP VIEW my_crashes")
+            store._before_steps(connection)
+            store._after_steps(connection)
+            assert connection.exec_driver_sql(may).scalar_one()
+    finally:
+        with store.write() as connection:
+            connection.exec_driver_sql(f"DROP OWNED BY {role}")
+            connection.exec_driver_sql(f"DROP ROLE {role}")
+        store.dispose()
 
 
 def test_a_reader_reads_the_views_and_nothing_else(postgres_server: PostgresServer, postgres_url: str) -> None:

@@ -52,6 +52,10 @@ def upgrade() -> None:
     )  # fmt: skip
     _index("batchtrack_child_item", "batchtrack_child", [sa.text(f"({_first_item()})")], _ONE_ITEM, "hash")
     _index("batchtrack_child_task_id", "batchtrack_child", ["task_id"], "finished_at IS NOT NULL", "hash")
+    _index(
+        "batchtrack_child_callback_waiting", "batchtrack_child", ["batch_id"], "kind <> 'child' AND status = 'pending'"
+    )
+    op.add_column("batchtrack_batch", sa.Column("round_at", Moment()))
     _index("batchtrack_tally_crashed", "batchtrack_tally", ["batch_id"], "crashed > 0")
     _index("batchtrack_tally_failed", "batchtrack_tally", ["batch_id"], "failed > 0")
     _index(
@@ -130,6 +134,8 @@ def _index(name: str, table: str, columns: list[Any], where: str, using: str | N
 
 def downgrade() -> None:
     op.drop_column("batchtrack_meta", "counted_from")
+    op.drop_column("batchtrack_batch", "round_at")
+    op.drop_index("batchtrack_child_callback_waiting", "batchtrack_child")
     for name, table in (
         ("batchtrack_incident_fingerprint", "batchtrack_incident"),
         ("batchtrack_batch_not_completed", "batchtrack_batch"),
