@@ -27,7 +27,7 @@ from .schema import RAN, SETTLED_CHILD, batch, child, incident, outcome
 EXACT = 5_000
 SAMPLE = 1_000
 #: Incidents that are grouped at a time.
-GROUPED = 50_000
+GROUPED = 10_000
 _STATES = (Status.COMPLETED, Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
 
@@ -74,10 +74,11 @@ class Signature:
     last_batch_id: uuid.UUID
     last_position: int
     last_item: str | None
+    exit_code: int | None
     counts: tuple[int, ...]
 
 
-_NEWEST = ("cause", "signal", "exception", "python_frame", "message")
+_NEWEST = ("cause", "signal", "exit_code", "exception", "python_frame", "message")
 
 
 class Charting(Connected):
@@ -134,7 +135,7 @@ class Charting(Connected):
         host: str | None = None, within: Sequence[float] = (), since: float | None = None, limit: int = 100,
     ) -> list[Signature]:  # fmt: skip
         """Failures by fingerprint and task, newest first; counted `within` so many seconds each. Of a batch, or in all
-        not older than `since`; the newest 50,000 incidents, of a batch any 50,000."""
+        not older than `since`; the newest 10,000 incidents, of a batch any 10,000."""
         each = _failures(batch_id, task, signal, host, since).subquery()
         nth = sa.func.row_number().over(
             partition_by=(each.c.fingerprint, each.c.task), order_by=(each.c.detected_at.desc(), each.c.id.desc())
@@ -231,6 +232,7 @@ def _signature(row: Any, windows: int) -> Signature:
         row.fingerprint, row.task, row.last_cause, row.last_signal, row.last_exception, row.last_python_frame,
         row.last_message, row.occurrences, int(row.crashes), row.items, row.batches, row.hosts, row.first_at,
         row.last_at, uuid.UUID(row.last_id), uuid.UUID(row.last_batch_id), row.last_position, row.last_item,
+        row.last_exit_code,
         tuple(int(getattr(row, f"within_{index}")) for index in range(windows)),
     )  # fmt: skip
 

@@ -183,11 +183,14 @@ class Queries(Connected):
         return rows[::-1] if limit else rows
 
     def crash_groups(
-        self, by: str, batch_id: uuid.UUID | None = None, *, since: float | None = None, limit: int = 1000
-    ) -> list[CrashGroup]:
+        self, by: str, batch_id: uuid.UUID | None = None, *, since: float | None = None, limit: int = 1000,
+        newest: int | None = None,
+    ) -> list[CrashGroup]:  # fmt: skip
         """Deaths grouped by ``fingerprint``, ``item``, ``signal`` or ``host``, most deaths first. Of an item, each
-        task's deaths are a group of their own. What may differ within a group is that of its newest death."""
-        each = _deaths_by(by, batch_id, since).subquery()
+        task's deaths are a group of their own. What may differ within a group is that of its newest death.
+        `newest`: only of so many deaths."""
+        first = None if newest is None else self._moment_of_incident(newest)
+        each = _deaths_by(by, batch_id, since, first).subquery()
 
         def of_newest(name: str) -> Any:
             return sa.func.max(sa.case((each.c.nth == 1, each.c[name])))
@@ -204,6 +207,13 @@ class Queries(Connected):
         )  # fmt: skip
         with self.read() as connection:
             return [CrashGroup(*row) for row in connection.execute(query)]
+
+    def _moment_of_incident(self, count: int) -> datetime | None:
+        """Of the last of so many newest; None if there are not so many."""
+        query = sa.select(incident.c.detected_at).order_by(incident.c.detected_at.desc()).offset(count - 1).limit(1)
+        with self.read() as connection:
+            found: datetime | None = connection.execute(query).scalar_one_or_none()
+            return found
 
     def parts_of(self, row: ChildRow) -> list[ChildRow]:
         """The rows that took over the items of a split child, by position."""
@@ -288,7 +298,9 @@ def _is_death() -> sa.ColumnElement[bool]:
     return sa.and_(incident.c.detected_by.is_not(None), incident.c.overturned_at.is_(None))
 
 
-def _deaths_by(by: str, batch_id: uuid.UUID | None, since: float | None) -> sa.Select[Any]:
+def _deaths_by(
+    by: str, batch_id: uuid.UUID | None, since: float | None, first: datetime | None
+) -> sa.Select[Any]:
     """Deaths with the `key` of their group, and the how-many-eth newest of it they are (`nth`)."""
     key: Any = {
         "fingerprint": incident.c.fingerprint, "item": incident.c.item, "host": incident.c.hostname,
@@ -310,6 +322,8 @@ def _deaths_by(by: str, batch_id: uuid.UUID | None, since: float | None) -> sa.S
         query = query.where(incident.c.batch_id == batch_id)
     if since is not None:
         query = query.where(incident.c.detected_at >= later(-since))
+    if first is not None:
+        query = query.where(incident.c.detected_at >= first)
     return query
 
 

@@ -24,7 +24,7 @@ from celery_batchtrack.vocabulary.states import (
 )
 
 from . import breaker, callbacks
-from .clock import now
+from .clock import Moment, age, now
 from .engine import Connected
 from .incidents import Attempt, record
 from .quarantine import count_kill
@@ -105,12 +105,13 @@ class Splitting(Connected):
         """The next free position, and whether the killer is in quarantine from now on."""
         quarantined = False
         added: list[Share] = []
+        ran = _ran(connection, row) if any(part.status is not Status.PENDING for part in parts) else None
         position = owner.next_position
         for part, weight in zip(parts, _weights(row, parts), strict=True):
             shard = position % owner.shards
             values = _values(row, part, position, shard, attempt)
             connection.execute(sa.insert(child).values(**values, weight=weight))
-            added.append(Share(shard, part.item_count, weight, part.status, row.task))
+            added.append(Share(shard, part.item_count, weight, part.status, row.task, ran))
             if part.evidence is not None:
                 key = ChildKey(row.batch_id, position)
                 told = replace(Attempt.of(row, attempt), key=key)
@@ -143,6 +144,13 @@ class Splitting(Connected):
         )
         with self.read() as connection:
             return int(connection.execute(sa.select(itself + parts)).scalar_one())
+
+
+def _ran(connection: sa.Connection, row: ChildRow) -> float | None:
+    """Seconds since its last start."""
+    if row.started_at is None:
+        return None
+    return float(connection.execute(sa.select(age(sa.literal(row.started_at, Moment)))).scalar_one())
 
 
 def _weights(row: ChildRow, parts: Sequence[Part]) -> list[int]:

@@ -112,6 +112,7 @@ class Share:
     weight: int
     status: Status = Status.PENDING
     task: str = ""
+    seconds: float | None = None  # that it ran, if it has ended
 
 
 def regroup(connection: sa.Connection, batch_id: Any, removed: Iterable[Share], added: Iterable[Share]) -> None:
@@ -129,7 +130,7 @@ def regroup(connection: sa.Connection, batch_id: Any, removed: Iterable[Share], 
         )
     for status in _COUNTED:
         ended = [share for share in added if share.status is status]
-        rows = [(each.shard, Kind.CHILD, each.items, each.weight, each.task, None) for each in ended]
+        rows = [(each.shard, Kind.CHILD, each.items, each.weight, each.task, each.seconds) for each in ended]
         outcomes.count(connection, batch_id, rows, status)
 
 

@@ -45,6 +45,12 @@ class Words:
         """See `clock.bare`."""
         return f"+{column}" if self.sqlite else column
 
+    def first_number(self, text: str) -> str:
+        """The number before the first colon."""
+        if self.sqlite:
+            return f"CAST(substr({text}, 1, instr({text}, ':') - 1) AS integer)"
+        return f"CAST(substring({text} FROM '^([0-9]{{1,18}}):') AS bigint)"
+
     def among(self, column: str, query: str) -> str:
         """What the query finds. As an array PostgreSQL looks each up, where it would read the whole table for an OR."""
         return f"{column} IN ({query})" if self.sqlite else f"{column} = ANY (ARRAY ({query}))"
@@ -160,7 +166,8 @@ SELECT fingerprint, task, {", ".join(f"{newest(name)} AS {name}" for name in tol
   count(*) AS occurrences, sum(CASE WHEN is_crash THEN 1 ELSE 0 END) AS crashes,
   count(DISTINCT item) AS items, count(DISTINCT batch_id) AS batches, count(DISTINCT hostname) AS hosts,
   min(detected_at) AS first_at, max(detected_at) AS last_at,
-  {newest("batch_id")} AS last_batch_id, {newest("position")} AS last_position, {newest("item")} AS last_item
+  {newest("batch_id")} AS last_batch_id, {newest("position")} AS last_position, {newest("item")} AS last_item,
+  {newest("exit_code")} AS exit_code
 FROM (
   SELECT f.*, row_number() OVER (PARTITION BY fingerprint, task ORDER BY detected_at DESC, incident_id DESC) AS nth
   FROM batchtrack_failure f WHERE fingerprint IS NOT NULL
@@ -264,13 +271,24 @@ def _state(words: Words) -> str:
     )
 
 
+def batch_child(words: Words) -> str:
+    return f"""\
+SELECT c.batch_id, b.name AS batch_name, c.position, c.kind, c.ordinal, c.round, c.task, c.task_id, c.status, c.cause,
+  c.verdict, c.attempt, c.crashes, c.retries, c.dispatches, c.link, c.waits_on_batch, c.split_from, c.origin,
+  c.isolated, c.items, c.item_count, c.weight, c.queue, c.worker_id, w.name AS worker, w.hostname, c.created_at,
+  c.dispatched_at, c.not_before, c.expires_at, c.started_at, c.finished_at, {words.age("c.started_at", "c.finished_at")} AS seconds
+FROM batchtrack_child c
+JOIN batchtrack_batch b ON b.id = c.batch_id
+LEFT JOIN batchtrack_worker w ON w.id = c.worker_id"""
+
+
 def running(words: Words) -> str:
     return f"""\
 SELECT {_OPEN_IN} AS batch_id,
   b.name AS batch_name, c.position, c.kind, c.task, c.task_id, c.items, c.attempt, c.started_at,
   {words.age("c.started_at")} AS running_seconds, c.worker_id, w.name AS worker, w.hostname, w.pid, c.slot,
   w.beat_at, {words.age("w.beat_at")} AS beat_age_seconds,
-  {_state(words)} AS worker_state
+  {_state(words)} AS worker_state, {words.first_number("c.slot")} AS process_pid
 FROM batchtrack_child c
 JOIN batchtrack_batch b ON b.id = c.batch_id
 LEFT JOIN batchtrack_worker w ON w.id = c.worker_id
@@ -324,9 +342,10 @@ SELECT batch_id, name, status, reason,
     WHEN 'never_sealed' THEN 'the process that was filling it is gone: a sweep cancels it as abandoned'
     WHEN 'deadline_passed' THEN 'its deadline is over and it has not been ended: is the crash detector running?'
     WHEN 'worker_gone' THEN 'children run on a worker that is gone: is the crash detector running?'
-    WHEN 'no_worker' THEN 'no worker is alive: start one for its queue'
+    WHEN 'no_worker' THEN 'no worker is alive: start one for ' || coalesce('queue ' || queue, 'its queue')
     WHEN 'callback_waiting' THEN 'it has ended, and a callback of it has not started: is there a worker for its queue?'
-    ELSE 'children wait and nothing runs: is there a worker for their queue, and does the broker answer?'
+    ELSE 'children wait' || coalesce(' in queue ' || queue, '')
+      || ' and nothing runs: is there a worker for their queue, and does the broker answer?'
   END AS detail,
   since, {words.age("since")} AS stuck_seconds, open, running
 FROM (
@@ -355,6 +374,7 @@ FROM (
         FROM batchtrack_tally t WHERE t.batch_id = b.id) AS open,
       b.status = 'running' AND (b.dispatch_at IS NULL OR b.dispatch_at < {words.ago(QUIET)})
         AND EXISTS ({due}) AS is_due,
+      ({due.replace("SELECT 1", "SELECT c.queue", 1)} LIMIT 1) AS queue,
       {words.latest("coalesce(b.finished_at, b.started_at, b.created_at)", "coalesce(b.round_at, b.created_at)",
                     "coalesce((SELECT max(o.time) FROM batchtrack_outcome o WHERE o.batch_id = b.id), b.created_at)")}
         AS last_at

@@ -71,7 +71,7 @@ _ALL = (
     _view(
         "failure_signature", "failures by root cause, across batches",
         "fingerprint task cause signal exception python_frame message occurrences crashes items batches hosts first_at"
-        " last_at last_batch_id last_position last_item",
+        " last_at last_batch_id last_position last_item exit_code",
         view_texts.failure_signature,
     ),
     _view(
@@ -88,6 +88,13 @@ _ALL = (
         view_texts.task_duration,
     ),
     _view(
+        "batch_child", "every child and callback, without arguments and results",
+        "batch_id batch_name position kind ordinal round task task_id status cause verdict attempt crashes retries"
+        " dispatches link waits_on_batch split_from origin isolated items item_count weight queue worker_id worker"
+        " hostname created_at dispatched_at not_before expires_at started_at finished_at seconds",
+        view_texts.batch_child,
+    ),
+    _view(
         "slowest", f"the {view_texts.SLOWEST} slowest children of each batch",
         "batch_id batch_name rank position task task_id status items seconds started_at finished_at worker_id worker"
         " hostname",
@@ -96,7 +103,7 @@ _ALL = (
     _view(
         "running", "what runs now, since when, on whom",
         "batch_id batch_name position kind task task_id items attempt started_at running_seconds worker_id worker"
-        " hostname pid slot beat_at beat_age_seconds worker_state",
+        " hostname pid slot beat_at beat_age_seconds worker_state process_pid",
         view_texts.running,
     ),
     _view(
@@ -119,8 +126,9 @@ VIEWS: Mapping[str, View] = MappingProxyType({each.name: each for each in _ALL})
 #: What SQLite gives back as text.
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("batch_id", "incident_id", "worker_id", "parent_batch", "last_batch_id"), Identifier),
-    **dict.fromkeys(("time", "since"), Moment), **dict.fromkeys(("items", "tags", "metadata"), Json),
-    **dict.fromkeys(("is_crash",), sa.Boolean),
+    "waits_on_batch": Identifier, **dict.fromkeys(("time", "since", "not_before"), Moment),
+    **dict.fromkeys(("items", "tags", "metadata"), Json),
+    **dict.fromkeys(("is_crash", "isolated"), sa.Boolean),
 }  # fmt: skip
 
 

@@ -29,6 +29,8 @@ WINDOWS: Mapping[str, float] = {"1h": 3600.0, "3h": 10_800.0, "24h": 86_400.0, "
 #: Bins of a plot, at most.
 _BINS = 120
 _NESTED = 50
+#: Items that killed are looked for among so many newest deaths.
+_DEATHS = 10_000
 _WEEK = WINDOWS["7d"]
 _OF_INCIDENT = ("cause", "signal", "exception", "python_frame", "message", "fingerprint", "item", "hostname")
 _PACKAGES = ("celery-batchtrack", "celery", "kombu", "sqlalchemy", "psycopg", "flower")
@@ -239,7 +241,7 @@ def crashes(store: Store, *, task: str | None = None, signal: str | None = None,
     for row, signature in zip(rows, found, strict=True):
         row["counts"] = dict(zip(WINDOWS, signature.counts, strict=True))
     version_now = {(each.task, each.item): each.state for each in store.quarantine_list()}
-    groups = store.crash_groups("item", since=_WEEK, limit=50)
+    groups = store.crash_groups("item", since=_WEEK, limit=50, newest=_DEATHS)
     repeated = [each for each in groups if each.deaths > 1 or (each.task, each.key) in version_now]
     last = _last_of(store, [each.key for each in repeated])
     return {

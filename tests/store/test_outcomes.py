@@ -50,6 +50,8 @@ def test_every_way_to_end_is_counted_once(scene: Scene) -> None:
     scene.store.cancel(batch_id, EndReason.USER)
     assert counted(scene.store)["cancelled"] == 3, "one died and was to run again, one never ran, one was split off"
     assert sum(each.items for each in scene.store.outcome_totals()) == 5 * 2 + 1 + 3 + 1
+    ran = {(each.status, each.bucket >= 0) for each in scene.store.outcome_totals() if each.status == "crashed"}
+    assert ran == {("crashed", True)}, "also what died with its whole child"
     assert scene.violations() == {}
 
 

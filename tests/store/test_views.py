@@ -91,6 +91,7 @@ def test_each_view_tells_what_is_there(shop: tuple[Scene, uuid.UUID]) -> None:
     assert failures[0]["is_crash"] is True
     signatures = {each["exception"] or each["signal"]: each for each in view("failure_signature")}
     names = ("occurrences", "crashes", "items", "batches", "last_item", "last_batch_id")
+    assert signatures["SIGSEGV"]["exit_code"] == -11
     assert some_of(signatures["SIGSEGV"], *names) == (1, 1, 1, 1, "PMC:13900", batch_id)
     assert some_of(signatures["ValueError"], "occurrences", "crashes", "last_position") == (1, 0, 1)
 
@@ -107,6 +108,10 @@ def test_each_view_tells_what_is_there(shop: tuple[Scene, uuid.UUID]) -> None:
     assert some_of(running, "batch_id", "position", "items", "worker", "worker_state") == (
         batch_id, 3, ["PMC:4"], "w1@here", "alive"
     )  # fmt: skip
+    assert running["process_pid"] == int(running["slot"].partition(":")[0]) != running["pid"]
+    children = {each["position"]: each for each in view("batch_child", {"batch_id": batch_id, "kind": "child"})}
+    assert [children[at]["status"] for at in range(5)] == ["crashed", "failed", "completed", "running", "pending"]
+    assert children[0]["items"] == ["PMC:13900", "PMC:1"] and children[0]["worker"] == "w1@here"
     worker = only(view("worker_liveness"))
     assert some_of(worker, "state", "running", "crashes_24h", "hostname") == ("alive", 1, 0, "here")
     assert view("stuck_batch") == []
@@ -152,6 +157,9 @@ def test_a_batch_that_does_not_go_on_says_why(scene: Scene, reason: str) -> None
     if reason == "paused":
         assert found["detail"].startswith("the disk is full")
     if reason == "no_progress":
+        scene.set_child(ChildKey(batch_id, 0), queue="nobody")
+        scene.set_child(ChildKey(batch_id, 1), queue="nobody")
+        assert "in queue nobody" in only(scene.store.view("stuck_batch"))["detail"]
         scene.set_worker(scene.worker_id, beat_at=later(-100.0))
         assert only(scene.store.view("stuck_batch"))["reason"] == "no_worker"
         scene.set_child(ChildKey(batch_id, 0), not_before=later(60.0))

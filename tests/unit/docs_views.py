@@ -5,14 +5,14 @@ from __future__ import annotations
 from celery_batchtrack.store.views import VIEWS, View
 
 _WORDS = {
-    "uuid": "incident_id batch_id worker_id parent_batch last_batch_id",
+    "uuid": "incident_id batch_id worker_id parent_batch last_batch_id waits_on_batch",
     "json": "tags metadata",
-    "time": "time since",
-    "boolean": "is_crash",
+    "time": "time since not_before",
+    "boolean": "is_crash isolated",
     "number": "detection_seconds crash_percent items_per_second lease",
     "integer": "round total done pending running completed failed crashed cancelled done_percent parent_position"
     " priority position exit_code attempt pid peak_memory occurrences crashes batches hosts last_position children rank"
-    " crashes_24h open violations",
+    " crashes_24h open violations process_pid ordinal retries dispatches link split_from origin item_count weight",
 }
 _TYPES = {name: kind for kind, names in _WORDS.items() for name in names.split()}
 #: Where `items` is how many, and not which.
