@@ -276,7 +276,8 @@ def batch_child(words: Words) -> str:
 SELECT c.batch_id, b.name AS batch_name, c.position, c.kind, c.ordinal, c.round, c.task, c.task_id, c.status, c.cause,
   c.verdict, c.attempt, c.crashes, c.retries, c.dispatches, c.link, c.waits_on_batch, c.split_from, c.origin,
   c.isolated, c.items, c.item_count, c.weight, c.queue, c.worker_id, w.name AS worker, w.hostname, c.created_at,
-  c.dispatched_at, c.not_before, c.expires_at, c.started_at, c.finished_at, {words.age("c.started_at", "c.finished_at")} AS seconds
+  c.dispatched_at, c.not_before, c.expires_at, c.started_at, c.finished_at,
+  {words.age("c.started_at", "c.finished_at")} AS seconds
 FROM batchtrack_child c
 JOIN batchtrack_batch b ON b.id = c.batch_id
 LEFT JOIN batchtrack_worker w ON w.id = c.worker_id"""
