@@ -177,6 +177,19 @@ class Charting(Connected):
         with self.read() as connection:
             return {row[0]: row[1] for row in connection.execute(query)}
 
+    def last_deaths(self, items: Sequence[str], since: float) -> dict[str, tuple[uuid.UUID, int]]:
+        """Item in hand → (batch, position) of its newest death of the last so many seconds."""
+        query = (
+            sa.select(incident.c.item, incident.c.batch_id, incident.c.position)
+            .where(
+                incident.c.item.in_(list(items)), incident.c.item.is_not(None), incident.c.detected_by.is_not(None),
+                incident.c.overturned_at.is_(None), incident.c.detected_at >= later(-since),
+            )
+            .order_by(incident.c.detected_at, incident.c.id)
+        )  # fmt: skip
+        with self.read() as connection:
+            return {row.item: (row.batch_id, row.position) for row in connection.execute(query)}
+
     def failing(self, column: str, since: float, limit: int = 100) -> Mapping[str, int]:
         """Deaths and failures of the last so many seconds by ``task``, ``signal`` (or cause) or ``hostname``, most
         first."""

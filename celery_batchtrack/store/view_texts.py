@@ -123,6 +123,15 @@ FROM (
 ) q"""
 
 
+def _child_of_incident(words: Words) -> str:
+    """PostgreSQL is told to look it up by its whole key: since a batch has few children on the average, it would go
+    through all of a large one's for each incident."""
+    here = "c.batch_id = i.batch_id AND c.position = i.position"
+    if words.sqlite:
+        return f"JOIN batchtrack_child c ON {here}"
+    return f"CROSS JOIN LATERAL (SELECT * FROM batchtrack_child c WHERE {here} OFFSET 0) c"
+
+
 def _incidents(words: Words, *, deaths: bool) -> str:
     more = (
         "" if deaths
@@ -140,7 +149,7 @@ SELECT i.id AS incident_id, i.batch_id, b.name AS batch_name, i.position, c.task
   {words.age("i.died_at", "i.detected_at")} AS detection_seconds,
   i.verdict, i.fingerprint, i.peak_memory{more}
 FROM batchtrack_incident i
-JOIN batchtrack_child c ON c.batch_id = i.batch_id AND c.position = i.position
+{_child_of_incident(words)}
 JOIN batchtrack_batch b ON b.id = i.batch_id
 WHERE {where}"""
 

@@ -243,7 +243,7 @@ def crashes(store: Store, *, task: str | None = None, signal: str | None = None,
     version_now = {(each.task, each.item): each.state for each in store.quarantine_list()}
     groups = store.crash_groups("item", since=_WEEK, limit=50, newest=_DEATHS)
     repeated = [each for each in groups if each.deaths > 1 or (each.task, each.key) in version_now]
-    last = _last_of(store, [each.key for each in repeated])
+    last = store.last_deaths([each.key for each in repeated], _WEEK)
     return {
         "signatures": rows,
         "repeat_items": [
@@ -260,13 +260,6 @@ def crashes(store: Store, *, task: str | None = None, signal: str | None = None,
         "signals": list(store.failing("signal", _WEEK)),
         "hosts": list(store.failing("hostname", _WEEK)),
     }  # fmt: skip
-
-
-def _last_of(store: Store, items: Sequence[str]) -> dict[str, tuple[uuid.UUID, int]]:
-    if not items:
-        return {}
-    rows = store.view("crash", {"item": list(items)}, since=("detected_at", _WEEK), order_by=["detected_at"])
-    return {each["item"]: (each["batch_id"], each["position"]) for each in rows}
 
 
 def workers(store: Store, *, hours: float = 24.0) -> Object:
