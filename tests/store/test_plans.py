@@ -77,6 +77,12 @@ CASES: dict[str, Ask] = {
     "stuck_batch of all": lambda large: large.store.view("stuck_batch"),
     "running of all": lambda large: large.store.view("running"),
     "worker_liveness": lambda large: large.store.view("worker_liveness"),
+    "failures, newest first": lambda large: large.store.view("failure", order_by=("-detected_at",), limit=20),
+    "failures alike": lambda large: large.store.view(
+        "failure", {"fingerprint": "aaaa"}, order_by=("-detected_at",), limit=20
+    ),
+    "last deaths": lambda large: large.store.last_deaths(["DOC:7", "DOC:5007"], 604_800.0),
+    "children as a view": _view("batch_child", ("position",)),
     "crash in a minute": lambda large: large.store.view("crash", since=("detected_at", 60.0)),
 }  # fmt: skip
 
