@@ -88,7 +88,7 @@ def test_doctor_finds_what_is_wrong_with_workers_database_and_broker(
 
     ours = started("ours", "--time-limit=9000", SHOP_DATABASE=postgres_url)
     solo = started("solo", "-P", "solo", SHOP_DATABASE=postgres_url, SHOP_BLACKBOX=str(tmp_path / "file"))
-    other = started("other", SHOP_DATABASE=f"sqlite:///{tmp_path}/other.db")
+    other = started("other", "-P", "threads", SHOP_DATABASE=f"sqlite:///{tmp_path}/other.db")
     bare = started("bare")
     workers = [ours, solo, other, bare]
     try:
@@ -109,7 +109,8 @@ def test_doctor_finds_what_is_wrong_with_workers_database_and_broker(
     assert "did not answer" not in str(said["connections"])
     assert "by " in one(said, "sweeps", "ok")
     assert one(said, "workers", "ok") == f"2 alive, and all answer: ours{host}, solo{host}"
-    assert one(said, "pool", "warn").startswith(f"-P solo on solo{host}: a crash takes the whole worker along")
+    shared = [each["message"].split(": a crash takes the whole worker along")[0] for each in said["pool"]]
+    assert shared == [f"-P solo on solo{host}", f"-P threads on other{host}"]
     assert "pooler" not in said
     wrong = sorted(each["message"] for each in said["store"])
     assert wrong[0] == f"worker bare{host} has no BatchTrack(app), or an old one: it runs children unseen"

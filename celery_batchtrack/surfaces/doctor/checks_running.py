@@ -16,6 +16,8 @@ _THE_SAME = (
     "enabled", "lease", "heartbeat", "lease_shared_gil", "detect_every", "redispatch_after", "redispatch_wait",
     "max_in_flight", "max_queue_depth", "max_crashes", "retention", "app_version", "owners",
 )  # fmt: skip
+#: Pools whose children share a process: how workers call them (by the module that it is from), and how `-P` does.
+_SHARED = {"solo": "solo", "thread": "threads", "gevent": "gevent", "eventlet": "eventlet"}
 
 
 # -- the detector -------------------------------------------------------------------------------------
@@ -83,13 +85,14 @@ def workers(facts: Facts) -> Iterator[Finding]:
 
 def pools(facts: Facts) -> Iterator[Finding]:
     """Pools in which a crash takes along more than its child."""
-    tables = facts.tables
-    for pool in ("solo", "threads", "gevent", "eventlet"):
-        names = [each.name for each in (tables.workers if tables else ()) if each.pool == pool]
+    seen = {(each.name, each.pool) for each in (facts.tables.workers if facts.tables else ())}
+    seen |= {(each.name, str(each.told.get("pool"))) for each in facts.replies or ()}
+    for pool, option in _SHARED.items():
+        names = sorted(name for name, its_pool in seen if its_pool == pool)
         if names:
             lease = facts.settings.lease_shared_gil if facts.settings else 60.0
             yield warn(
-                "pool", f"-P {pool} on {some(names)}: a crash takes the whole worker along, and is seen when another "
+                "pool", f"-P {option} on {some(names)}: a crash takes the whole worker along, and is seen when another "
                 f"starts on its host, or after {duration(2 * lease)}",
                 "use -P prefork where a child may crash",
             )  # fmt: skip
