@@ -55,7 +55,8 @@ class TaskOptions:
         known = [name for name in cls.__slots__ if name != "policy"]
         for name in options:
             if name not in known:
-                raise errors.InvalidOption(f"tracked() has no option {name!r}{suggestion(name, known)}")
+                hint = CrashPolicy.hint(name) or suggestion(name, known)
+                raise errors.InvalidOption(f"tracked() has no option {name!r}{hint}")
         values = dict(options)
         if isinstance(values.get("item_id"), list):
             values["item_id"] = tuple(values["item_id"])

@@ -114,7 +114,8 @@ def validated(options: Mapping[str, Any], default_name: str) -> ValidOptions:
     known = list(BatchOptions.__annotations__)
     for name in options:
         if name not in known:
-            raise errors.InvalidOption(f"a batch has no option {name!r}{suggestion(str(name), known)}")
+            hint = CrashPolicy.hint(name) or suggestion(str(name), known)
+            raise errors.InvalidOption(f"a batch has no option {name!r}{hint}")
     for name, allowed in _CHOICES.items():
         value = options.get(name, allowed[0])
         if value not in allowed:

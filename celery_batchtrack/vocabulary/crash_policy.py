@@ -84,6 +84,13 @@ class CrashPolicy:
             return value if max_crashes is None else cls(**{**_values(value), "max_crashes": max_crashes})
         return cls(on_crash=value, max_crashes=max_crashes)
 
+    @classmethod
+    def hint(cls, name: object) -> str:
+        """Where one of its fields goes that was given as an option of its own; empty for any other name."""
+        if name not in {each.name for each in fields(cls)}:
+            return ""
+        return f": it belongs to a policy, on_crash=CrashPolicy(…, {name}=…)"
+
     @property
     def splits(self) -> bool:
         return self.on_crash in SPLITTING

@@ -55,6 +55,8 @@ class Namespace:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"on_crahs": "skip"}, "tracked() has no option 'on_crahs': did you mean 'on_crash'"),
     ({"policy": CrashPolicy()}, "tracked() has no option 'policy'"),
+    ({"quarantine_after": 2}, "no option 'quarantine_after': it belongs to a policy, on_crash=CrashPolicy(…, "),
+    *(({name: 1}, f"CrashPolicy(…, {name}=…)") for name in ("backoff", "isolate", "oom_queue", "max_splits")),
     ({"on_crash": "skpi"}, "on_crash must be one of"),
     ({"on_crash": None}, "on_crash must be one of"),
     ({"on_crash": CrashPolicy}, "on_crash must be one of"),
@@ -193,6 +195,7 @@ WRONG_OF_A_BATCH: list[tuple[dict[str, Any], str]] = [
     ({"on_crash": 5}, "on_crash must be one of"),
     ({"max_crashes": 0}, "max_crashes must be a whole number"),
     ({"on_crash": CrashPolicy(max_crashes=2), "max_crashes": 3}, "max_crashes is given twice"),
+    ({"oom_queue": "big"}, "a batch has no option 'oom_queue': it belongs to a policy, on_crash=CrashPolicy("),
     ({"on_crsah": "skip"}, "a batch has no option 'on_crsah': did you mean 'on_crash'"),
     ({"max_crash_rate": "x"}, "max_crash_rate"),
 ]
