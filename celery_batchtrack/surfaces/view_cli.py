@@ -105,7 +105,7 @@ def _cell(value: Any) -> str:
 @click.option("-n", "--limit", type=_LIMIT, default=1000, show_default=True, help="So many at most.")
 @as_json
 def running(ctx: click.Context, id: str | None, longer_than: float | None, limit: int, as_json: bool) -> None:
-    """What runs now, longest first: since when, on whom, and whether that worker is heard of."""
+    """What runs now, longest first: since when, on whom, in which process, and whether that worker is heard of."""
     store = store_of(ctx)
     where = {} if id is None else {"batch_id": store.resolve(id)}
     rows = store.view("running", where, order_by=["started_at"], limit=limit)
@@ -127,8 +127,8 @@ def _running(screen: Screen, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]
         (
             id, short(each["batch_name"], _COLUMN), each["position"], each["task"],
             short(some(each["items"] or ()), _COLUMN), each["attempt"], duration(each["running_seconds"]),
-            each["worker"] or NOTHING, each["pid"] or NOTHING, duration(each["beat_age_seconds"]),
-            each["worker_state"] or "unknown",
+            each["worker"] or NOTHING, each["process_pid"] or each["pid"] or NOTHING,
+            duration(each["beat_age_seconds"]), each["worker_state"] or "unknown",
         )
         for id, each in zip(ids, rows, strict=True)
     )  # fmt: skip

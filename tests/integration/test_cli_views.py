@@ -9,6 +9,7 @@ from celery import Celery
 
 from celery_batchtrack.store.view_examples import EXAMPLES, examples_of
 from celery_batchtrack.store.views import VIEWS
+from celery_batchtrack.vocabulary.ids import ChildKey, new_token
 from tests.helpers import free_port
 from tests.integration.cli_kit import ESCAPES, HOSTILE, Run, Seeds, invoke, make_app
 
@@ -59,6 +60,10 @@ def test_running_shows_who_has_what_in_hand(seeds: Seeds, text: Run, data: Run) 
     said = text("running")
     assert "PMC:1, DOI:1" in said and "w1@here" in said and not set(ESCAPES) & set(said)
     [told] = data("workers")
+    pool_process = seeds.batch("in a pool process")
+    seeds.store.claim(ChildKey(pool_process, 0), 0, new_token(), worker, "977:1:0:0")
+    said = text("running", "--batch", pool_process).splitlines()[1]
+    assert " 977 " in said and " 4242 " not in said
     assert (told["running"], told["crashes_24h"]) == (2, 0) and "RUNNING" in text("workers")
 
 
