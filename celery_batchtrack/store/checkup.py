@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from celery_batchtrack.vocabulary.checkup import Connections, DatabaseFacts, Tables
 from celery_batchtrack.vocabulary.records import WorkerRow
-from celery_batchtrack.vocabulary.states import BATCH_ALIVE, BatchStatus, Status
+from celery_batchtrack.vocabulary.states import BATCH_ALIVE, BatchStatus, Kind, Status
 
 from . import migrate
 from .clock import age, now
@@ -64,7 +64,8 @@ class CheckingUp(Connected):
                     child.c.status == Status.PENDING.value, child.c.not_before.is_not(None)
                 )
             ).scalar_one()
-        return Tables(str(swept[0]), workers, swept[1], swept[2], count, kept, oldest, max(0.0, waits or 0.0))
+            sent = {str(queue): int(number) for queue, number in connection.execute(sent_by_queue())}
+        return Tables(str(swept[0]), workers, swept[1], swept[2], count, kept, oldest, max(0.0, waits or 0.0), sent)
 
     def _connections(self) -> Connections:
         with self._translated(), self.engine.connect() as connection:
@@ -108,6 +109,27 @@ def _ahead(connection: sa.Connection) -> float:
     if theirs > after:
         return after - theirs
     return max(0.0, before - theirs)
+
+
+def sent_by_queue() -> sa.Select[Any]:
+    """(queue, how many): children and callbacks that were sent and have not begun.
+
+    In the words of the indexes of such rows; and counted by batch first, for a million of them are not to be joined.
+    """
+    by = (child.c.queue, child.c.batch_id, child.c.kind, child.c.round)
+    sent = (
+        sa.select(*by, sa.func.count().label("number"))
+        .where(
+            child.c.status == sa.literal_column(f"'{Status.PENDING.value}'"), child.c.dispatched_at.is_not(None),
+            child.c.waits_on_batch.is_(None), child.c.queue.is_not(None),
+        )
+        .group_by(*by)
+        .subquery()
+    )  # fmt: skip
+    alive = batch.c.status.in_([each.value for each in BATCH_ALIVE])
+    awaited = sa.or_(alive, sa.and_(sent.c.kind != Kind.CHILD.value, sent.c.round == batch.c.round))
+    query = sa.select(sent.c.queue, sa.func.sum(sent.c.number)).join_from(sent, batch, batch.c.id == sent.c.batch_id)
+    return query.where(awaited).group_by(sent.c.queue)
 
 
 def _kept_too_long(retention: Mapping[str, float]) -> sa.Select[Any]:

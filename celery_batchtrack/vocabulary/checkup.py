@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .records import WorkerRow
 
@@ -32,6 +32,8 @@ class Tables:
     kept_too_long: int  # batches whose retention is over, and was an hour ago
     oldest_seconds: float | None  # since the oldest of them ended
     longest_wait: float  # seconds until the last countdown of a child that waits for one
+    #: Children and callbacks that were sent and have not begun, by queue.
+    sent: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 from celery import Celery
 
-from celery_batchtrack import BatchTrack, tracked
+from celery_batchtrack import Batch, BatchTrack, tracked
 from celery_batchtrack.store import Store
 from celery_batchtrack.surfaces.doctor import gathering
 from tests.helpers import ROOT, eventually, free_port
@@ -91,6 +91,7 @@ def test_doctor_finds_what_is_wrong_with_workers_database_and_broker(
     other = started("other", "-P", "threads", SHOP_DATABASE=f"sqlite:///{tmp_path}/other.db")
     bare = started("bare")
     workers = [ours, solo, other, bare]
+    Batch.create("to nobody", [shop.tasks["shop.ocr"].s().set(queue="nobody") for _ in range(3)])
     try:
         for each in workers:
             each.start()
@@ -125,7 +126,10 @@ def test_doctor_finds_what_is_wrong_with_workers_database_and_broker(
     assert one(said, "broker", "ok").startswith("redis at redis://")
     assert one(said, "detector", "ok").startswith("its queue is celery, the work's too")
     assert one(said, "clock", "ok")
-    assert one(said, "queues", "warn").startswith("no worker consumes scans, where shop.scan would wait")
+    assert [each["message"] for each in said["queues"]] == [
+        "3 children wait in nobody, which no worker that tells of its queues consumes",  # `bare` tells nothing
+        "no worker consumes scans, where shop.scan would wait",
+    ]
 
 
 def test_doctor_says_of_a_database_what_is_in_it(seeds: Seeds, text: Run, app: Celery) -> None:

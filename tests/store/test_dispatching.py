@@ -114,6 +114,28 @@ def test_a_row_whose_time_has_not_come_is_not_overdue(scene: Scene) -> None:
     assert scene.store.overdue((None, "demo.task"), 600) == [], "it counts from the moment it could run"
 
 
+def test_what_was_sent_and_has_not_begun_is_counted_by_queue(scene: Scene) -> None:
+    batch_id, late = scene.batch(some(6, queue="ocr"), max_in_flight=5), scene.batch(some(2, queue="late"))
+    over = scene.batch(0, calls=("on_success", "on_finish"))
+    scene.store.finish(over)
+    for each in (batch_id, late, over):
+        scene.store.take_undispatched(each, 5)
+    scene.run(batch_id, 0)
+    scene.set_child(ChildKey(batch_id, 1), waits_on_batch=late)
+    scene.set_child(ChildKey(over, 0), queue="called")
+    scene.set_child(ChildKey(over, 1), queue="called", round=2)
+    scene.store.cancel(late)
+
+    def sent() -> dict[str, int]:
+        tables = scene.store.check_up({"completed": 60.0, "other": 60.0}).tables
+        assert tables is not None
+        return dict(tables.sent)
+
+    assert sent() == {"ocr": 3, "called": 1}, "one runs, one became a batch, one was not sent"
+    scene.store.pause(batch_id, "by hand")
+    assert sent() == {"ocr": 3, "called": 1}, "they are in the queue all the same"
+
+
 def test_rows_are_taken_again_only_if_nobody_did_meanwhile(scene: Scene) -> None:
     batch_id = scene.batch(2)
     scene.store.take_undispatched(batch_id, 10)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from celery_batchtrack.store import Store, browsing
+from celery_batchtrack.store import Store, browsing, checkup
 from tests.large import Large, seeded
 from tests.servers import PostgresServer
 from tests.store.kit import statements
@@ -49,6 +49,11 @@ def _batches(**how: Any) -> Ask:
     return lambda large: large.store.browse_batches(**how)
 
 
+def _sent_by_queue(large: Large) -> object:
+    with large.store.read() as connection:
+        return connection.execute(checkup.sent_by_queue()).all()
+
+
 _STATES = ("pending", "running", "completed", "failed", "crashed", "cancelled", "split")
 CASES: dict[str, Ask] = {
     **{f"batches: {chip}": _batches(chip=chip) for chip in ("attention", "running", "crashed", "failed")},
@@ -70,6 +75,7 @@ CASES: dict[str, Ask] = {
     "deaths": lambda large: large.store.deaths_of(large.batch_id),
     "incidents of a page": lambda large: large.store.newest_incidents(large.batch_id, list(range(50))),
     "facts": lambda large: large.store.facts(),
+    "sent, by queue": _sent_by_queue,
     "slowest": _view("slowest", ("rank",)),
     "running": _view("running", ("started_at",)),
     "batch_progress": _view("batch_progress"),

@@ -146,6 +146,11 @@ BROKEN: list[tuple[str, Facts, str, str]] = [
     ("fail", replies(takes_part=False), "store", "does not take part"),
     ("fail", replies(store_id=None), "store", "has not reached its tracking database (postgresql://db/shop)"),
     ("warn", task(queue="ocr"), "queues", "no worker consumes ocr, where shop.ocr would wait"),
+    ("fail", tables(sent={"celery": 9, "celery.isolated": 1, "nobody": 3}), "queues",
+     "3 children wait in nobody, which no worker consumes → start one for it: celery -A <app> worker -Q nobody"),
+    ("fail", replace(task(queue="ocr"), database=replace(DATABASE, tables=replace(TABLES, sent={"ocr": 1}))), "queues",
+     "1 child waits in ocr, which no worker consumes"),
+    ("fail", tables(sent={"ocr.isolated": 2}), "queues", "celery -A <app> worker -Q ocr"),
     ("warn", replace(GOOD, detector_queue="ops"), "queues", "no worker consumes ops, where the detector's messages go"),
     ("warn", replies(version="0.9"), "version", "runs celery-batchtrack 0.9, here is 1.0"),
     ("warn", replies(settings={**HERE, "lease": 30.0}), "settings",
@@ -185,7 +190,9 @@ def test_what_cannot_be_known_is_not_guessed() -> None:
     assert any("not asked, for the broker does not answer" in each for each in told(down, "ok"))
     fresh = replace(GOOD, database=replace(SQLITE, schema="EMPTY", revision=None, tables=None, makes_tables=True))
     assert "schema: no tables yet: they are made at first use → " in told(fresh, "ok")
-    few = tables(workers=[worker(), worker("w2@web-1")])
+    few = tables(workers=[worker(), worker("w2@web-1")], sent={"nobody": 3})
+    assert any("nobody, which no worker that tells of its queues consumes" in each for each in told(few, "warn"))
+    assert not any("nobody" in each for each in told(replace(few, replies=[]), "warn"))
     assert any("of 1 workers that did not answer one process is counted" in each for each in told(few, "ok"))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from celery_batchtrack.surfaces.render import duration
+from celery_batchtrack.vocabulary.crash_policy import base_queue
 
 from .facts import Facts, Finding, Reply, fail, ok, some, warn
 
@@ -126,17 +127,28 @@ def stores(facts: Facts) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def waiting(facts: Facts) -> Iterator[Finding]:
+    """What was sent to a queue that nobody consumes. A worker that does not tell of its queues may be who does."""
+    replies, names = facts.replies or (), _registered(facts)
+    telling = {each.name for each in replies if each.told.get("queues")}
+    all_told = len(telling) == len(replies) and names <= telling
+    level, who = (fail, "no worker consumes") if all_told else (warn, "no worker that tells of its queues consumes")
+    for queue, number in sorted(_unconsumed(facts).items()):
+        what = "1 child waits" if number == 1 else f"{number} children wait"
+        yield level(
+            "queues", f"{what} in {queue}, which {who}",
+            f"start one for it: celery -A <app> worker -Q {base_queue(queue)}",
+        )  # fmt: skip
+
+
 def queues(facts: Facts) -> Iterator[Finding]:
     """Queues in which messages would wait for ever. Only those who answer are known to listen."""
-    replies = [each for each in facts.replies or () if each.told.get("queues")]
-    tables = facts.tables
-    silent = {row.name for row in (tables.workers if tables else ()) if row.kind == "worker"}
-    if not replies or silent - {each.name for each in replies}:
+    consumed, already = _consumed(facts), _unconsumed(facts)
+    if not consumed or _registered(facts) - {each.name for each in facts.replies or () if each.told.get("queues")}:
         return
-    consumed = {queue for each in replies for queue in each.told["queues"]}
     by_queue: dict[str, list[str]] = {}
     for task in facts.tasks:
-        if task.queue is not None and task.queue not in consumed:
+        if task.queue is not None and task.queue not in consumed and task.queue not in already:
             by_queue.setdefault(task.queue, []).append(task.name)
     for queue, names in by_queue.items():
         yield warn(
@@ -149,8 +161,23 @@ def queues(facts: Facts) -> Iterator[Finding]:
             "workers make by themselves are made",
             f"start one for it: celery -A <app> worker -Q {facts.detector_queue}",
         )  # fmt: skip
-    if not by_queue and facts.detector_queue in consumed:
+    if not by_queue and not already and facts.detector_queue in consumed:
         yield ok("queues", f"every queue that tasks go to is consumed: {some(sorted(consumed))}")
+
+
+def _registered(facts: Facts) -> set[str]:
+    return {row.name for row in (facts.tables.workers if facts.tables else ()) if row.kind == "worker"}
+
+
+def _consumed(facts: Facts) -> set[str]:
+    return {queue for each in facts.replies or () for queue in each.told.get("queues") or ()}
+
+
+def _unconsumed(facts: Facts) -> dict[str, int]:
+    """Children by queue, where no worker is known to take them. Suspects' queues belong to those that they are from:
+    their workers consume them as soon as something is in them. Without any answer nothing is known."""
+    consumed, sent = _consumed(facts), facts.tables.sent if facts.tables is not None else {}
+    return {queue: number for queue, number in sent.items() if consumed and not {queue, base_queue(queue)} & consumed}
 
 
 def unwrapped(facts: Facts) -> Iterator[Finding]:
@@ -228,5 +255,5 @@ def clocks(facts: Facts) -> Iterator[Finding]:
 
 
 CHECKS = (
-    sweeps, beat, workers, pools, stores, queues, unwrapped, agreement, black_boxes, clocks,
+    sweeps, beat, workers, pools, stores, waiting, queues, unwrapped, agreement, black_boxes, clocks,
 )  # fmt: skip
