@@ -49,6 +49,12 @@ _ALL: Mapping[str, _Examples] = {
             "ORDER BY occurrences DESC LIMIT 20"
         )),
     ),
+    "batch_child": (
+        ("how children of each batch ended, and how long they ran", _always(
+            "SELECT batch_name, status, count(*) AS children, avg(seconds) AS seconds FROM batchtrack_batch_child\n"
+            "WHERE kind = 'child' GROUP BY batch_name, status ORDER BY batch_name, status"
+        )),
+    ),
     "outcome_per_minute": (
         ("throughput of the last hour", lambda words: (
             "SELECT time, sum(completed) AS completed, sum(failed) AS failed, sum(crashed) AS crashed\n"
