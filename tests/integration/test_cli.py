@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 import sqlalchemy as sa
 from celery import Celery
@@ -20,6 +23,7 @@ from celery_batchtrack import Batch, BatchTrack, tracked
 from celery_batchtrack.behaviour import hosts
 from celery_batchtrack.store import schema
 from celery_batchtrack.surfaces import pages, views
+from celery_batchtrack.surfaces.cli import batchtrack
 from celery_batchtrack.surfaces.render import Column, Screen, Table, bar, clean, cut, duration, width
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
 from celery_batchtrack.vocabulary.records import NewBatch
@@ -35,6 +39,7 @@ from tests.integration.cli_kit import (
     app_of,
     error,
     invoke,
+    locked,
     make_app,
     shell_in,
 )
@@ -299,6 +304,36 @@ def test_exit_69_where_the_database_cannot_be_reached(tmp_path: Path) -> None:
     ):
         for command in ("list", "migrate", "verify", "detect", "prune"):
             assert "tracking database" in error(make_app(url), command, code=69)
+
+
+#: Commands that read, and for how long they wait for the database.
+READING = {
+    ("list",): 10, ("show", "ID"): 10, ("children", "ID"): 10, ("workers",): 10, ("running",): 10, ("stuck",): 10,
+    ("crashes",): 10, ("stack", "ID", "1"): 10, ("repro", "ID", "1"): 10, ("quarantine", "list"): 10,
+    ("verify",): 30, ("sql", "invariant", "--run"): 30,
+}  # fmt: skip
+
+
+def commands_in(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, each in group.commands.items():
+        yield from commands_in(each, *path, name) if isinstance(each, click.Group) else [((*path, name), each)]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_what_only_reads_gives_up_on_a_locked_database_with_69(
+    seeds: Seeds, app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = seeds.ended()
+    found = dict(commands_in(batchtrack))
+    limits = {path: each.reads_for for path, each in found.items() if each.reads_for is not None}
+    assert limits == {path[: 1 + (path[0] == "quarantine")]: seconds for path, seconds in READING.items()}
+    for each in limits:
+        monkeypatch.setattr(found[each], "reads_for", 0.1)
+    with locked(seeds.store):
+        for words in READING:
+            said = invoke(app, *(str(batch_id) if word == "ID" else word for word in words), code=69).stderr
+            assert "no answer within 0.1 s: somebody holds a lock" in said, words
+    invoke(app, "show", batch_id)
 
 
 def test_a_read_only_database_is_read_and_answers_writes_with_69(seeds: Seeds) -> None:
