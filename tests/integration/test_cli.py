@@ -41,6 +41,7 @@ from tests.integration.cli_kit import (
     invoke,
     locked,
     make_app,
+    parse,
     shell_in,
 )
 
@@ -123,6 +124,22 @@ def test_show_has_callbacks_and_what_did_not_complete(seeds: Seeds, text: Run, d
     assert "2 = 1 completed + 1 crashed, 0 open" in page
     assert "on_finish shop.done → completed in " in page and "(1 start)" in page
     assert "#1 PMC:1, DOI:1   SIGSEGV   web-3 pid 771   seen after " in page
+
+
+def test_show_cuts_what_users_wrote_at_length_and_json_has_it_whole(seeds: Seeds, text: Run, data: Run) -> None:
+    long = "x" * 100_000
+    tags = ("x" * 100, *(f"tag{number}" for number in range(30)))
+    new = NewBatch(
+        id=uuid7(), name="long", callbacks="{}", options={}, description=long, tags=tags, metadata={"why": long}
+    )  # fmt: skip
+    seeds.store.create(new, [parse(0)], seal=True)
+    page = text("show", new.id)
+    assert max(map(len, page.splitlines())) < 1000
+    assert f"about      {'x' * 199}…\n" in page
+    assert f"labels     {'x' * 79}…, tag0, " in page and "tag18 (+12)\n" in page
+    found = data("show", new.id)
+    assert (found["description"], found["tags"]) == (long, list(tags))
+    assert found["metadata"] == {"why": long}
 
 
 def test_show_names_a_few_failures_and_counts_the_others(seeds: Seeds, text: Run) -> None:
