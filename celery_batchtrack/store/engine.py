@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import threading
@@ -51,6 +52,12 @@ def reading_at_most(seconds: float) -> Iterator[None]:
         yield
     finally:
         _limit.reset(token)
+
+
+def _milliseconds(limit: float) -> int:
+    """As PostgreSQL takes it: 0 would be no limit, and more does not fit. Never less, so that who gets no answer has
+    waited for so long."""
+    return max(1, math.ceil(min(limit * 1000, 2**31 - 1)))
 
 
 if hasattr(os, "register_at_fork"):
@@ -271,7 +278,7 @@ class Connected:
         with self._translated(), self._guarded(), self.engine.connect() as connection:
             connection = connection.execution_options(batchtrack_read=True)
             if (limit := _limit.get()) is not None and not self.sqlite:
-                connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, round(limit * 1000))}")
+                connection.exec_driver_sql(f"SET LOCAL statement_timeout = {_milliseconds(limit)}")
             yield connection
 
     @contextlib.contextmanager
@@ -304,6 +311,13 @@ class Connected:
             advice = "it is read-only for this user: check the file's and folder's permissions, or the role's grants"
         elif "locked" in lowered:
             advice = "another process holds it for long: look for an open transaction"
+        elif "statement timeout" in lowered:
+            limit = _limit.get()
+            within = "in time" if limit is None else f"within {limit:.3g} s"
+            advice = (
+                f"no answer {within}: somebody holds a lock, or there is too much to do; "
+                "pg_stat_activity and pg_blocking_pids(pid) say who"
+            )
         else:
             advice = "check that it runs, and batchtrack_database_url"
         return f"tracking database {self.shown_url}: {text} ({advice})"

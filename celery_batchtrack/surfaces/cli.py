@@ -23,6 +23,8 @@ from celery_batchtrack.surfaces import (
     watch_cli,
 )
 from celery_batchtrack.surfaces.console import (
+    READS,
+    SCANS,
     acting,
     age,
     app_name,
@@ -53,7 +55,7 @@ __all__ = ["batchtrack", "crash_cli", "doctor_cli", "flower_cli", "life_cli", "m
 # -- looking --------------------------------------------------------------------------------------
 
 
-@command("list")
+@command("list", reads_for=READS)
 @click.option("--status", "statuses", multiple=True, type=click.Choice([str(each) for each in BatchStatus]))
 @click.option("--name", callback=storable, help="Only batches of exactly this name.")
 @click.option("--tag", "tags", multiple=True, callback=storables, help="Only batches with this tag; may be repeated.")
@@ -79,7 +81,7 @@ def list_(
         put_lines(pages.batch_list(screen_of(ctx), list(found), store.current_time()), "no batches")
 
 
-@command("show")
+@command("show", reads_for=READS)
 @click.argument("id")
 @as_json
 def show(ctx: click.Context, id: str, as_json: bool) -> None:
@@ -93,7 +95,7 @@ def show(ctx: click.Context, id: str, as_json: bool) -> None:
         put_lines(pages.batch_page(screen_of(ctx), found, short, app_name(ctx) or "<app>"))
 
 
-@command("children")
+@command("children", reads_for=READS)
 @click.argument("id")
 @click.option("--status", "statuses", multiple=True, type=click.Choice([str(each) for each in Status]))
 @click.option("--item", callback=storable, help="Only those with this item.")
@@ -125,7 +127,7 @@ def _with_item(store: Store, batch_id: uuid.UUID, item: str) -> Iterator[ChildRo
         after = page.next
 
 
-@command("workers")
+@command("workers", reads_for=READS)
 @click.option("--all", "everyone", is_flag=True, help="Also those that stopped or were lost.")
 @as_json
 def workers(ctx: click.Context, everyone: bool, as_json: bool) -> None:
@@ -148,7 +150,7 @@ def workers(ctx: click.Context, everyone: bool, as_json: bool) -> None:
         put_lines(pages.worker_list(screen_of(ctx), found, now), "no workers")
 
 
-@command("verify")
+@command("verify", reads_for=SCANS)
 @click.option("--grace", **DURATION, help="Time that detection may take; by default from leases and sweeps.")
 @as_json
 def verify(ctx: click.Context, grace: float | None, as_json: bool) -> None:

@@ -40,19 +40,40 @@ _CENTURY = 100 * 366 * 86_400.0
 _SAID = {"pause": "action=batch_paused", "resume": "action=batch_resumed", "doctor": "%s is ignored"}
 
 
+#: Seconds that a statement of a command that only reads may take, and of one that reads all rows.
+READS, SCANS = 10.0, 30.0
+
+
 class Command(click.Command):
-    """Says what went wrong in one line on standard error, with an exit code that scripts can tell apart."""
+    """Says what went wrong in one line on standard error, with an exit code that scripts can tell apart.
+
+    `reads_for`: seconds after which a read is given up, so that nobody waits in silence for a lock. None for commands
+    that act: they finish what they began.
+    """
 
     #: Warnings of ours go to standard error where the application logs nowhere.
     shows_warnings = True
 
+    def __init__(self, *args: Any, reads_for: float | None = None, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.reads_for = reads_for
+
     def invoke(self, ctx: click.Context) -> Any:
         with _logs_on_stderr(_SAID.get(self.name or "")) if self.shows_warnings else contextlib.nullcontext():
             try:
-                return super().invoke(ctx)
+                with _reading(self.reads_for):
+                    return super().invoke(ctx)
             except (errors.BatchTrackError, CeleryImproperlyConfigured) as error:
                 code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
                 raise CeleryCommandException(clean(error), code) from error
+
+
+def _reading(seconds: float | None) -> contextlib.AbstractContextManager[None]:
+    if seconds is None:
+        return contextlib.nullcontext()
+    from celery_batchtrack.store import reading_at_most
+
+    return reading_at_most(seconds)
 
 
 class _OneSafeLine(logging.Formatter):

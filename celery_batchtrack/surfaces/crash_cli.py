@@ -11,6 +11,7 @@ from click_didyoumean import DYMGroup  # type: ignore[import-untyped, unused-ign
 
 from celery_batchtrack.surfaces import crash_pages, jsonio, repro, views
 from celery_batchtrack.surfaces.console import (
+    READS,
     acting,
     app_name,
     as_stored,
@@ -40,7 +41,7 @@ _POSITION = click.IntRange(0, 2**63 - 1)
 # -- crashes --------------------------------------------------------------------------------------
 
 
-@command("crashes")
+@command("crashes", reads_for=READS)
 @click.option("--batch", "id", metavar="ID", help="Only of this batch.")
 @click.option("--since", **DURATION, help="Only those noticed in the last 24h, 7d, …")
 @click.option(
@@ -111,7 +112,7 @@ def _parts(store: Store, row: ChildRow) -> str:
     return f"#{row.position} was split, its items went to {named}{more}"
 
 
-@command("stack")
+@command("stack", reads_for=READS)
 @click.argument("id", metavar="BATCH")
 @click.argument("position", type=_POSITION)
 @click.option("--attempt", type=click.IntRange(0), help="Of this attempt; by default of the newest that has a stack.")
@@ -155,7 +156,7 @@ def _no_incident(store: Store, row: ChildRow, attempt: int | None, known: list[i
     return f"#{row.position} has no incident: nothing died or failed in it (it is {row.status})"
 
 
-@command("repro")
+@command("repro", reads_for=READS)
 @click.argument("id", metavar="BATCH")
 @click.argument("position", type=_POSITION)
 @click.option("--output", metavar="DIR", type=click.Path(path_type=Path), help="Default: ./repro-<batch>-<position>.")
@@ -232,7 +233,7 @@ def quarantine() -> None:
     """
 
 
-@command("list", quarantine)
+@command("list", quarantine, reads_for=READS)
 @click.option("--all", "everything", is_flag=True, help="Also those released, and those that killed less often.")
 @click.option("--task", callback=storable, help="Only of this task.")
 @as_json

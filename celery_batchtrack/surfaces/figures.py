@@ -80,8 +80,9 @@ SWEEP = Metric(
     "detector_last_sweep_age_seconds", "gauge", "Seconds since the last sweep of the crash detector; +Inf: never"
 )  # fmt: skip
 VIOLATIONS = Metric(
-    "invariant_violations", "gauge", "Rows that break a promise, looked for every few minutes; structural ones are "
-    "always 0, liveness ones return to 0 within the time that detection takes", ("check", "kind"),
+    "invariant_violations", "gauge", "Rows that break a promise, looked for every few minutes, and only by "
+    "`batchtrack metrics`; structural ones are always 0, liveness ones return to 0 within the time that detection "
+    "takes", ("check", "kind"),
 )  # fmt: skip
 
 ALL = (

@@ -22,8 +22,9 @@ def _group(ctx: click.Context, **_: Any) -> None:
     object; `watch` and `detect --every`: one object on a line, again and again).
 
     Exit codes: 1 something is wrong (`verify`, `doctor`, `stuck`), or a watched batch ended badly, 2 wrong usage, 66 no
-    such batch, child, incident or item, 69 the tracking database cannot be reached or written, 78 wrong configuration,
-    or tables of another version, 124 `watch` ran out of time, 130 Ctrl-C.
+    such batch, child, incident or item, 69 the tracking database cannot be reached or written, or does not answer in
+    time (commands that only read wait 10 s, `verify` and `sql` 30 s, for each query, on PostgreSQL), 78 wrong
+    configuration, or tables of another version, 124 `watch` ran out of time, 130 Ctrl-C.
     """
 
 
@@ -32,10 +33,12 @@ batchtrack: click.Group = click.group(
 )(click.pass_context(handle_preload_options(_group)))  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def command(name: str, group: click.Group = batchtrack) -> Callable[[Callable[..., Any]], click.Command]:
-    """A subcommand that takes the context."""
+def command(
+    name: str, group: click.Group = batchtrack, *, reads_for: float | None = None
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """A subcommand that takes the context. `reads_for`: of one that only reads; see `Command`."""
 
     def register(function: Callable[..., Any]) -> click.Command:
-        return group.command(name, cls=Command)(click.pass_context(function))
+        return group.command(name, cls=Command, reads_for=reads_for)(click.pass_context(function))
 
     return register

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery_batchtrack import errors
+from celery_batchtrack.store import reading_at_most
 
 from . import figures
 from .figures import Distribution, Family, Metric, Values
@@ -30,17 +31,20 @@ logger = logging.getLogger("celery_batchtrack")
 #: Seconds between two refreshes, and between two looks for violated invariants, which read all rows.
 EVERY = 10.0
 EVERY_INVARIANTS = 300.0
-#: A refresh that takes longer counts as failed, until it is done after all.
+#: A refresh that takes longer counts as failed, until it is done after all; PostgreSQL gives up each of its statements
+#: after that time.
 TIMEOUT = 10.0
-#: At most one part in so many of the time is spent in refreshing.
-_IDLE_FOR = 4
+TIMEOUT_INVARIANTS = 60.0
+#: At most one part in so many of the time is spent in refreshing, but nobody waits longer than that for news.
+_IDLE_FOR, _IDLE_AT_MOST = 4, 60.0
 _EXTRA = "pip install 'celery-batchtrack[metrics]'"
 
 
 class Snapshot:
     """The values of the last refresh, for any number of readers.
 
-    `read` is called in a thread of its own, every `every` seconds, or more seldom where it takes long.
+    `read` is called in a thread of its own, every `every` seconds, or more seldom where it takes long. A statement of
+    its reads may take `timeout` seconds.
     """
 
     def __init__(
@@ -51,7 +55,8 @@ class Snapshot:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._began: float | None = None  # of the refresh under way
-        self._good: tuple[list[Family], float] | None = None
+        self._good: tuple[list[Family], float, float] | None = None  # and when, by the two clocks of this process
+        self._idle = math.inf  # until the next refresh is to begin; only the thread plans one
         self.error: Exception | None = None
 
     def start(self) -> None:
@@ -71,13 +76,20 @@ class Snapshot:
         while not self._stop.is_set():
             began = time.monotonic()
             self.refresh()
-            self._stop.wait(max(self.every, _IDLE_FOR * (time.monotonic() - began)))
+            self._idle = self.idle_after(time.monotonic() - began)
+            self._stop.wait(self._idle)
+
+    def idle_after(self, took: float) -> float:
+        """Seconds until the refresh after one that took so many. What failed says nothing of how long a read takes."""
+        return self.every if self.error is not None else max(self.every, min(_IDLE_FOR * took, _IDLE_AT_MOST))
 
     def refresh(self) -> None:
         """Now, in the calling thread. Never raises: `error` says what was wrong."""
         self._began = time.monotonic()
         try:
-            self._good = (self._read(), time.time())
+            with reading_at_most(self.timeout):
+                values = self._read()
+            self._good = (values, time.time(), time.monotonic())
         except Exception as error:  # noqa: BLE001 (whatever it is: it ends neither this thread nor a scrape)
             self._failed(error)
         else:
@@ -96,13 +108,14 @@ class Snapshot:
 
     @property
     def up(self) -> bool | None:
-        """Whether the last refresh succeeded, and no longer one hangs; None while the first goes on."""
-        began = self._began
-        if began is not None and time.monotonic() - began > self.timeout:
+        """Whether the last refresh succeeded, no longer one hangs, and the next is not overdue; None while the first
+        goes on."""
+        now, began, good = time.monotonic(), self._began, self._good
+        if began is not None and now - began > self.timeout:
             return False
         if self.error is not None:
             return False
-        return None if self._good is None else True
+        return None if good is None else now - good[2] <= self.timeout + self._idle
 
     @property
     def taken_at(self) -> float | None:
@@ -135,8 +148,8 @@ def snapshots_of(
     if invariants:
         made.append(
             Snapshot(
-                lambda: figures.read_invariants(extension.store), every=EVERY_INVARIANTS, timeout=math.inf,
-                name="invariants",
+                lambda: figures.read_invariants(extension.store), every=EVERY_INVARIANTS,
+                timeout=TIMEOUT_INVARIANTS, name="invariants",
             )
         )  # fmt: skip
     return made

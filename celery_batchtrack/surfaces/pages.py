@@ -17,7 +17,7 @@ _COLOURS = {
     "cancelled": "yellow", "alive": "green", "suspected": "yellow", "lost": "red", "ok": "green", "split": "yellow",
     "paused": "yellow", "quarantined": "red",
 }  # fmt: skip
-_NAMED = 10
+_NAMED, _LABELS = 10, 20
 #: Identifiers, notes and messages are as long as a user made them.
 _SHOWN = 80
 
@@ -141,11 +141,11 @@ def _headline(screen: Screen, each: Object) -> str:
 
 def _labels(each: Object) -> Iterator[tuple[str, str]]:
     if each["description"]:
-        yield "about", clean(each["description"])
-    told = [clean(tag) for tag in each["tags"] or ()]
-    told += [f"{clean(key)}={clean(str(value))}" for key, value in (each["metadata"] or {}).items()]
+        yield "about", short(each["description"], 200)
+    told = [short(tag) for tag in each["tags"] or ()]
+    told += [f"{short(key)}={short(value)}" for key, value in (each["metadata"] or {}).items()]
     if told:
-        yield "labels", ", ".join(told)
+        yield "labels", some(told, _LABELS)
     if each["parent_batch"]:
         yield "nested", f"in {each['parent_batch']} #{each['parent_position']}"
     if each["nested"]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from celery_batchtrack.surfaces import jsonio
-from celery_batchtrack.surfaces.console import put_json, put_lines, screen_of, storable, store_of
+from celery_batchtrack.surfaces.console import READS, SCANS, put_json, put_lines, screen_of, storable, store_of
 from celery_batchtrack.surfaces.group import DURATION, as_json, command
 from celery_batchtrack.surfaces.pages import coloured, count, moment, short, short_ids, some
 from celery_batchtrack.surfaces.render import NOTHING, Column, Screen, Table, clean, cut, duration
@@ -18,7 +18,7 @@ _COLUMN = 40
 _LIMIT = click.IntRange(1, 1_000_000)
 
 
-@command("sql")
+@command("sql", reads_for=SCANS)
 @click.argument("name", required=False, callback=storable)
 @click.option("--run", is_flag=True, help="Print the view's rows instead of its query.")
 @click.option("--batch", "id", metavar="ID", help="With --run: only rows of this batch.")
@@ -99,7 +99,7 @@ def _cell(value: Any) -> str:
 # -- what runs, what is stuck -------------------------------------------------------------------------
 
 
-@command("running")
+@command("running", reads_for=READS)
 @click.option("--batch", "id", metavar="ID", help="Only of this batch.")
 @click.option("--longer-than", **DURATION, help="Only what has run for longer than 10m, 2h, …")
 @click.option("-n", "--limit", type=_LIMIT, default=1000, show_default=True, help="So many at most.")
@@ -134,7 +134,7 @@ def _running(screen: Screen, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]
     )  # fmt: skip
 
 
-@command("stuck")
+@command("stuck", reads_for=READS)
 @click.option("-n", "--limit", type=_LIMIT, default=1000, show_default=True, help="So many at most.")
 @as_json
 def stuck(ctx: click.Context, limit: int, as_json: bool) -> None:

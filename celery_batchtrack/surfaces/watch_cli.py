@@ -15,7 +15,7 @@ import click
 
 from celery_batchtrack import errors
 from celery_batchtrack.surfaces import jsonio
-from celery_batchtrack.surfaces.console import put, say, screen_of, storables, store_of
+from celery_batchtrack.surfaces.console import READS, put, say, screen_of, storables, store_of
 from celery_batchtrack.surfaces.group import DURATION, as_json, command
 from celery_batchtrack.surfaces.render import clean, duration
 from celery_batchtrack.surfaces.watching import Object, Watch, Watched, crash_line, line_of, pairs
@@ -23,6 +23,8 @@ from celery_batchtrack.surfaces.watching import Object, Watch, Watched, crash_li
 #: As `timeout` and the shell have them.
 TIMED_OUT, INTERRUPTED, TERMINATED = 124, 130, 143
 _FASTEST = 0.1
+#: Seconds that a look waits for the database at least, however little time is left.
+_LOOK_AT_LEAST = 1.0
 
 
 class _View(Protocol):
@@ -52,7 +54,7 @@ def watch(
 
     On a terminal (with rich installed: the extra `progress`) one row for each batch, and the newest deaths below.
     Elsewhere one line of key=value for each change; with --json one object on a line for each change, with the keys of
-    `list --json`. While the database is away it says so, and goes on.
+    `list --json`. While the database is away it says so, and goes on; not so if it is away at the beginning.
 
     Exit codes: 0 all of them completed, callbacks included; 1 one ended otherwise (failed, cancelled, partial), lost a
     callback, or was deleted meanwhile; 124 time-out; 130 Ctrl-C, which leaves the last frame.
@@ -60,13 +62,20 @@ def watch(
     if every < _FASTEST:
         raise click.UsageError(f"--every must be at least {_FASTEST:g} s: each look is a query", ctx)
     watched = Watch(store_of(ctx), ids)
-    until = None if timeout is None else time.monotonic() + timeout
+    began = time.monotonic()
+    until = None if timeout is None else began + timeout
     try:
-        watched.begin()
+        with _given_up_in_time(until):
+            watched.begin()
         with _terminated_by(signal.SIGTERM), _view(ctx, as_json) as view:
             over = _follow(watched, view, every, until)
     except KeyboardInterrupt:
         ctx.exit(INTERRUPTED)
+    except errors.DatabaseUnavailable as error:
+        if until is None or time.monotonic() < max(until, began + _LOOK_AT_LEAST):
+            raise
+        click.echo(clean(f"not over after {duration(timeout)}: the database is away: {error}"), err=True)
+        ctx.exit(TIMED_OUT)
     if not watched.batches and not as_json and not ids:
         say(ctx, "nothing runs")
     if not over:
@@ -76,9 +85,21 @@ def watch(
     ctx.exit(0 if watched.ended_well(partial=allow_partial) else 1)
 
 
+@contextlib.contextmanager
+def _given_up_in_time(until: float | None) -> Iterator[None]:
+    """A look at a database that is locked ends, so that it can be told, and so that time can run out."""
+    from celery_batchtrack.store import reading_at_most
+
+    left = READS if until is None else min(READS, until - time.monotonic())
+    with reading_at_most(max(_LOOK_AT_LEAST, left)):
+        yield
+
+
 def _follow(watched: Watch, view: _View, every: float, until: float | None) -> bool:
     """Look again and again; False if time ran out first. A database that is away at the first look is an error."""
-    view.show(watched, *watched.look())
+    with _given_up_in_time(until):
+        changed, crashes = watched.look()
+    view.show(watched, changed, crashes)
     away: float | None = None
     while away is not None or not watched.over:
         left = every if until is None else min(every, until - time.monotonic())
@@ -86,7 +107,8 @@ def _follow(watched: Watch, view: _View, every: float, until: float | None) -> b
             return False
         time.sleep(left)
         try:
-            changed, crashes = watched.look()
+            with _given_up_in_time(until):
+                changed, crashes = watched.look()
         except errors.DatabaseUnavailable as error:
             away = away or time.monotonic()
             view.away(watched, error, time.monotonic() - away)

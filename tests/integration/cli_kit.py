@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from celery import Celery
 from celery.bin.base import CLIContext
 from click.testing import CliRunner, Result
 
 from celery_batchtrack import BatchTrack
-from celery_batchtrack.store import Store
+from celery_batchtrack.store import Store, schema
 from celery_batchtrack.surfaces.cli import batchtrack
 from celery_batchtrack.vocabulary.aftermath import Part, Rerun
 from celery_batchtrack.vocabulary.evidence import Evidence
@@ -116,6 +118,18 @@ def death(by: Detector = Detector.MAIN, **more: Any) -> Evidence:
         "pid": 771, "detected_by": by,
     }  # fmt: skip
     return Evidence(**{**told, **more})
+
+
+@contextlib.contextmanager
+def locked(store: Store) -> Iterator[None]:
+    """Somebody holds all tables (PostgreSQL), but not so long that who waits for them would wait for ever."""
+    engine = sa.create_engine(store.url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = '30s'")
+        names = ", ".join(each.name for each in schema.metadata.sorted_tables)
+        connection.exec_driver_sql(f"LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE")
+        yield
+    engine.dispose()
 
 
 # -- running it -----------------------------------------------------------------------------------

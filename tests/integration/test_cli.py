@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 import sqlalchemy as sa
 from celery import Celery
@@ -20,6 +23,7 @@ from celery_batchtrack import Batch, BatchTrack, tracked
 from celery_batchtrack.behaviour import hosts
 from celery_batchtrack.store import schema
 from celery_batchtrack.surfaces import pages, views
+from celery_batchtrack.surfaces.cli import batchtrack
 from celery_batchtrack.surfaces.render import Column, Screen, Table, bar, clean, cut, duration, width
 from celery_batchtrack.vocabulary.ids import ChildKey, new_token, uuid7
 from celery_batchtrack.vocabulary.records import NewBatch
@@ -35,7 +39,9 @@ from tests.integration.cli_kit import (
     app_of,
     error,
     invoke,
+    locked,
     make_app,
+    parse,
     shell_in,
 )
 
@@ -118,6 +124,22 @@ def test_show_has_callbacks_and_what_did_not_complete(seeds: Seeds, text: Run, d
     assert "2 = 1 completed + 1 crashed, 0 open" in page
     assert "on_finish shop.done → completed in " in page and "(1 start)" in page
     assert "#1 PMC:1, DOI:1   SIGSEGV   web-3 pid 771   seen after " in page
+
+
+def test_show_cuts_what_users_wrote_at_length_and_json_has_it_whole(seeds: Seeds, text: Run, data: Run) -> None:
+    long = "x" * 100_000
+    tags = ("x" * 100, *(f"tag{number}" for number in range(30)))
+    new = NewBatch(
+        id=uuid7(), name="long", callbacks="{}", options={}, description=long, tags=tags, metadata={"why": long}
+    )  # fmt: skip
+    seeds.store.create(new, [parse(0)], seal=True)
+    page = text("show", new.id)
+    assert max(map(len, page.splitlines())) < 1000
+    assert f"about      {'x' * 199}…\n" in page
+    assert f"labels     {'x' * 79}…, tag0, " in page and "tag18 (+12)\n" in page
+    found = data("show", new.id)
+    assert (found["description"], found["tags"]) == (long, list(tags))
+    assert found["metadata"] == {"why": long}
 
 
 def test_show_names_a_few_failures_and_counts_the_others(seeds: Seeds, text: Run) -> None:
@@ -299,6 +321,36 @@ def test_exit_69_where_the_database_cannot_be_reached(tmp_path: Path) -> None:
     ):
         for command in ("list", "migrate", "verify", "detect", "prune"):
             assert "tracking database" in error(make_app(url), command, code=69)
+
+
+#: Commands that read, and for how long they wait for the database.
+READING = {
+    ("list",): 10, ("show", "ID"): 10, ("children", "ID"): 10, ("workers",): 10, ("running",): 10, ("stuck",): 10,
+    ("crashes",): 10, ("stack", "ID", "1"): 10, ("repro", "ID", "1"): 10, ("quarantine", "list"): 10,
+    ("verify",): 30, ("sql", "invariant", "--run"): 30,
+}  # fmt: skip
+
+
+def commands_in(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, each in group.commands.items():
+        yield from commands_in(each, *path, name) if isinstance(each, click.Group) else [((*path, name), each)]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_what_only_reads_gives_up_on_a_locked_database_with_69(
+    seeds: Seeds, app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = seeds.ended()
+    found = dict(commands_in(batchtrack))
+    limits = {path: each.reads_for for path, each in found.items() if each.reads_for is not None}
+    assert limits == {path[: 1 + (path[0] == "quarantine")]: seconds for path, seconds in READING.items()}
+    for each in limits:
+        monkeypatch.setattr(found[each], "reads_for", 0.1)
+    with locked(seeds.store):
+        for words in READING:
+            said = invoke(app, *(str(batch_id) if word == "ID" else word for word in words), code=69).stderr
+            assert "no answer within 0.1 s: somebody holds a lock" in said, words
+    invoke(app, "show", batch_id)
 
 
 def test_a_read_only_database_is_read_and_answers_writes_with_69(seeds: Seeds) -> None:

@@ -9,6 +9,7 @@ import os
 import pty
 import signal
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -19,10 +20,11 @@ from celery import Celery
 from rich.console import Console
 
 from celery_batchtrack.store import schema
+from celery_batchtrack.surfaces.watch_cli import _follow
 from celery_batchtrack.surfaces.watch_screen import frame
 from celery_batchtrack.surfaces.watching import Watch, stacked
 from celery_batchtrack.vocabulary.ids import uuid7
-from tests.integration.cli_kit import ESCAPES, HOSTILE, Run, Seeds, Shell, invoke
+from tests.integration.cli_kit import ESCAPES, HOSTILE, Run, Seeds, Shell, invoke, locked
 
 
 def test_every_class_of_a_bar_has_a_cell_and_all_cells_are_given() -> None:
@@ -188,6 +190,39 @@ def test_a_terminal_without_rich_gets_lines(seeds: Seeds, shell: Shell) -> None:
     os.close(ours)
     assert said.startswith(f"batch={batch_id} name=upload status=running") and "\x1b" not in said
     assert (done.returncode, done.stderr) == (124, b"not over after 0.0s: 1 of 1\n")
+
+
+class Locking:
+    """A view that has all tables locked from the first look on."""
+
+    def __init__(self, stack: contextlib.ExitStack, seeds: Seeds) -> None:
+        self._stack, self._seeds = stack, seeds
+        self.said: list[str] = []
+
+    def show(self, *_: object) -> None:
+        self._stack.enter_context(locked(self._seeds.store))
+
+    def away(self, watch: Watch, error: Exception, seconds: float) -> None:
+        self.said.append(str(error))
+
+    def back(self, watch: Watch, seconds: float) -> None:
+        raise AssertionError("it stays locked")
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_time_runs_out_on_a_locked_database_too(seeds: Seeds, app: Celery) -> None:
+    batch_id = seeds.batch(children=1)
+    watch = Watch(seeds.store, [str(batch_id)])
+    watch.begin()
+    with contextlib.ExitStack() as stack:
+        view = Locking(stack, seeds)
+        assert not _follow(watch, view, 0.1, time.monotonic() + 1.0)
+        assert len(view.said) == 1 and "no answer within 1 s: somebody holds a lock" in view.said[0]
+        late = invoke(app, "watch", batch_id, "--timeout", "0s", code=124)
+        assert "not over after 0.0s: the database is away: tracking database" in late.stderr
+        assert "no answer within 1 s" in late.stderr and late.stdout == ""
+    with unreachable(seeds.store.url.render_as_string(hide_password=False)):
+        assert "the database is away" not in invoke(app, "watch", batch_id, "--timeout", "0s", code=69).stderr
 
 
 @contextlib.contextmanager

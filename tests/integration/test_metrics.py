@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from celery import Celery
+from celery.bin.base import CLIContext
+from click.testing import CliRunner
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -24,6 +26,7 @@ from celery_batchtrack import BatchTrack, errors
 from celery_batchtrack.behaviour import recovery, retention, rounds
 from celery_batchtrack.store import Store
 from celery_batchtrack.surfaces import figures, metrics
+from celery_batchtrack.surfaces.cli import batchtrack
 from celery_batchtrack.vocabulary.states import Verdict
 from tests.acceptance.scene import embedded
 from tests.helpers import eventually, free_port
@@ -144,11 +147,25 @@ def test_a_database_that_does_not_answer_is_told_at_once_and_so_is_its_return(
     broken.clear()
     eventually(lambda: up() == 1)
     snapshot.stop()
+    eventually(lambda: up() == 0, what="what nobody refreshes any more to be told")
     lines = [each.message for each in caplog.records if "action=metrics_" in each.message]
     assert [line.split()[0] for line in lines] == ["action=metrics_away", "action=metrics_back"], "each once"
 
 
-def test_a_locked_table_keeps_no_scrape_waiting(postgres_url: str) -> None:
+def test_a_slow_read_puts_off_the_next_for_a_minute_at_most_and_a_failed_one_for_nothing() -> None:
+    def fail() -> list[figures.Family]:
+        raise errors.DatabaseUnavailable("no")
+
+    well, failed = metrics.Snapshot(list, every=10.0), metrics.Snapshot(fail, every=10.0)
+    for each in (well, failed):
+        each.refresh()
+    assert [well.idle_after(took) for took in (0.1, 5.0, 15.0, 600.0)] == [10.0, 20.0, 60.0, 60.0]
+    assert [failed.idle_after(took) for took in (0.1, 600.0)] == [10.0, 10.0]
+    assert metrics.Snapshot(list, every=300.0).idle_after(600.0) == 300.0
+    assert well.up and failed.up is False
+
+
+def test_a_locked_table_keeps_no_scrape_waiting(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     app = make_app(postgres_url)
     extension = BatchTrack.of(app)
     extension.migrate()
@@ -164,8 +181,16 @@ def test_a_locked_table_keeps_no_scrape_waiting(postgres_url: str) -> None:
     eventually(lambda: up() == 1)
     other = sa.create_engine(extension.store.url)
     with other.begin() as connection:
+        connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = '30s'"))  # rather than to hang
         connection.execute(sa.text("LOCK TABLE batchtrack_batch IN ACCESS EXCLUSIVE MODE"))
         eventually(lambda: up() == 0)
+        given_up = eventually(lambda: made.snapshots[0].error, what="the server to give the read up")
+        assert "no answer within 0.3 s: somebody holds a lock" in str(given_up)
+        monkeypatch.setattr(metrics, "TIMEOUT", 0.3)
+        context = CLIContext(app=app, no_color=True, workdir=None)
+        once = CliRunner().invoke(batchtrack, ["metrics", "--once"], obj=context)
+        assert (once.exit_code, samples(once.stdout)) == (69, {("up", ()): 0.0})
+        assert "no answer within 0.3 s" in once.stderr
     eventually(lambda: up() == 1)
     metrics.unregister(registry)
     metrics.unregister(registry)

@@ -16,7 +16,7 @@ import yaml
 
 from celery_batchtrack import BatchTrack
 from celery_batchtrack.store.views import VIEWS
-from celery_batchtrack.surfaces import figures
+from celery_batchtrack.surfaces import figures, metrics
 from tests.helpers import ROOT
 from tests.integration.cli_kit import Seeds, death, make_app
 
@@ -49,6 +49,30 @@ def targets(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def expressions() -> list[tuple[str, str]]:
     alerts = [(rule["alert"], rule["expr"]) for rule in RULES]
     return alerts + [(title, target["expr"]) for title, target in targets(PROMETHEUS)]
+
+
+def test_alerts_that_need_the_exporter_of_its_own_say_so() -> None:
+    """What is not told fires no alert."""
+    app = make_app("sqlite://")
+    alone = {each.name for each in figures.ALL} - {metric.name for metric, _ in _told_without_asking(app)}
+    assert alone == {"invariant_violations"}
+    needing = [each for each in RULES if any(name in each["expr"] for name in alone)]
+    assert [each["alert"] for each in needing] == ["BatchtrackInvariantViolated", "BatchtrackDetectionOverdue"]
+    text = (ROOT / "docs" / "monitoring.md").read_text().partition("## Alerts")[0]
+    for each in needing:
+        assert "Only `batchtrack metrics` looks for it" in each["annotations"]["description"]
+        assert f"`{each['alert']}`" in text, "the section on metrics says it, too"
+
+
+def _told_without_asking(app: Any) -> list[figures.Family]:
+    """By a worker and by Flower."""
+    extension = BatchTrack.of(app)
+    snapshots = metrics.snapshots_of(extension)
+    for each in snapshots:
+        each.refresh()
+    told = list(metrics.families(snapshots))
+    extension.reset()
+    return told
 
 
 def check(expression: str) -> None:
