@@ -175,10 +175,12 @@ def test_a_spreadsheet_runs_nothing_of_a_download(site: Served, rich: scenes.Ric
     rows = list(csv.DictReader(io.StringIO(got.text)))
     assert len(rows) == 2
     assert not [cell for row in rows for cell in row.values() if cell.lstrip()[:1] in ("=", "+", "-", "@")]
+    assert not [harm for harm in ("\x1b", "\x07", "\u202e", "[31m") if harm in rows[0]["item"] + rows[0]["message"]]
+    assert "red esrever\nline" in rows[0]["item"], "what is to be read stays"
     assert len(list(csv.reader(io.StringIO(site.get(f"/batch/{rich.invoices}/children.csv").text)))) == 241
-    for evil in ("=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "  =1"):
+    for evil in ("=1+1", "+1", "-1", "@x", "\t=1", "\n=1", "  =1"):
         assert table.cell(evil) == "'" + evil
-    cells = {-1: "-1", 1.5: "1.5", None: "", True: "true", "a\0b": "ab"}
+    cells = {-1: "-1", 1.5: "1.5", None: "", True: "true", "a\0b": "ab", "\r=1": "'=1"}
     assert {value: table.cell(value) for value in cells} == cells
 
 
