@@ -26,6 +26,8 @@ Object = dict[str, Any]
 CHIPS = ("attention", "running", "crashed", "failed", "completed", "all")
 #: Windows of the crash explorer.
 WINDOWS: Mapping[str, float] = {"1h": 3600.0, "3h": 10_800.0, "24h": 86_400.0, "7d": 604_800.0}
+#: Characters of a description in a list.
+DESCRIBED = 1000
 #: Bins of a plot, at most.
 _BINS = 120
 _NESTED = 50
@@ -80,12 +82,15 @@ def _asked(text: str | None, limit: int = 1000) -> str | None:
     return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()[:limit]
 
 
-def _batches(store: Store, ids: Sequence[uuid.UUID]) -> list[Object]:
+def _batches(store: Store, ids: Sequence[uuid.UUID], *, whole: bool = False) -> list[Object]:
+    """`whole`: also long descriptions."""
     stuck = {each["batch_id"]: each["reason"] for each in _stuck(store, ids)}
     found = list(views.batches(store, ids))
     for each in found:
         each["short_id"] = str(each["batch_id"])[: views.SHORT_ID]
         each["stuck"] = stuck.get(uuid.UUID(str(each["batch_id"])))
+        if not whole and len(each["description"] or "") > DESCRIBED:
+            each["description"] = each["description"][: DESCRIBED - 1] + "…"
     return found
 
 
@@ -116,7 +121,7 @@ def batch_page(store: Store, batch_id: uuid.UUID) -> Object:
 
 
 def _one(store: Store, batch_id: uuid.UUID) -> Object:
-    found = _batches(store, [batch_id])
+    found = _batches(store, [batch_id], whole=True)
     if not found:
         raise errors.BatchNotFound(f"no batch {batch_id} in {store.shown_url}")
     return found[0]

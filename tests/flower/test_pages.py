@@ -20,6 +20,7 @@ import sqlalchemy as sa
 
 from celery_batchtrack.store import Store
 from celery_batchtrack.surfaces.flower import svg, table
+from celery_batchtrack.surfaces.flower.base import sentence
 from celery_batchtrack.surfaces.flower.loader import with_tab
 from celery_batchtrack.surfaces.flower.snapshots import Snapshots
 from celery_batchtrack.surfaces.reading import CHIPS
@@ -438,6 +439,10 @@ def test_rest_tells_what_the_pages_tell(site: Served, rich: scenes.Rich) -> None
     assert len(listed["batches"]) == 2 and listed["next"]
     more = site.get(f"{api}/batches?chip=crashed&limit=2&after={quote(listed['next'])}").data["batches"]
     assert not {each["id"] for each in more} & {each["id"] for each in listed["batches"]}
+    everything = site.get(f"{api}/batches").data["batches"]
+    long = next(each for each in everything if each["id"] == str(rich.hostile))["description"]
+    assert len(long) == 1000 and long.endswith("y…") and str(rich.reindex) in {each["id"] for each in everything}
+    assert len(site.get(f"{api}/batches/{rich.hostile}").data["batch"]["description"]) == 100_000
     page = site.get(f"{api}/batches/{rich.invoices}").data
     assert page["batch"]["name"] == "invoices" and page["batch"]["crashed"] == 3 and page["durations"]["count"] == 180
     assert site.get(f"{api}/batches/{rich.invoices}/signatures").data == page["signatures"]
@@ -469,6 +474,7 @@ def test_rest_gives_the_rows_of_every_view(site: Served, rich: scenes.Rich) -> N
         ("views/nonsense", 404), ("views/crash?nonsense=1", 400), ("views/crash?limit=x", 400), ("nonsense", 404),
         ("views/crash?batch_id=7", 400), ("views/crash?order_by=nonsense", 400), ("batches/nonsense", 404),
         (f"batches/{uuid.uuid4()}/children", 404), ("batches?chip=nonsense", 400), ("batches?limit=100000", 400),
+        ("batches?limit=0", 400), ("views/crash?limit=0", 400), (f"batches/{rich.invoices}/children?limit=0", 400),
     ):  # fmt: skip
         answer = site.get(f"/api/batchtrack/{bad}")
         assert answer.status == status and answer.data["error"], bad
@@ -527,6 +533,12 @@ def test_no_segment_of_a_bar_is_invisible_and_none_is_full_too_early() -> None:
     assert svg.bar({**counts, "total": 0}) == []
     tiny = svg.bar({**dict.fromkeys(counts, 1), "total": 10**9})
     assert len(tiny) == 5 and all(each.width >= svg.LEAST for each in tiny)
+
+
+def test_what_is_wrong_is_said_in_sentences_and_identifiers_stay_as_they_are() -> None:
+    for text in ("only is some of failed", "batchtrack_crash has no column", "callbacks goes alone", "'a' is no page"):
+        assert sentence(text) == text
+    assert sentence("no batch 7") == "No batch 7" and sentence("") == ""
 
 
 def test_a_navigation_without_a_broker_is_left_as_it_is() -> None:
