@@ -180,8 +180,8 @@ _TEXT = frozenset((
     "traceback", "last_item", "kind", "pool", "version", "state", "lost_by", "slot", "worker_state", "detail",
     "check_name", "parent_task", "parent_task_id", "description", "pause_reason",
 ))  # fmt: skip
-_IDS = ("batch_id", "worker_id", "incident_id", "parent_batch")
-_MOMENTS = ("_at", "time", "since")
+_IDS = ("batch_id", "worker_id", "incident_id", "parent_batch", "waits_on_batch")
+_MOMENTS = ("_at", "time", "since", "not_before")
 _NOT_COMPARED = ("items", "tags", "metadata")
 
 
@@ -197,7 +197,7 @@ def typed(name: str, text: str) -> Any:
         if name.endswith(_MOMENTS):
             moment = datetime.fromisoformat(text)
             return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-        if name.startswith("is_"):
+        if name.startswith("is_") or name == "isolated":
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return _number(text)
     except (ValueError, KeyError, OverflowError):
