@@ -246,17 +246,20 @@ def crashes(store: Store, *, task: str | None = None, signal: str | None = None,
     for row, signature in zip(rows, found, strict=True):
         row["counts"] = dict(zip(WINDOWS, signature.counts, strict=True))
     version_now = {(each.task, each.item): each.state for each in store.quarantine_list()}
-    groups = store.crash_groups("item", since=_WEEK, limit=50, newest=_DEATHS)
+    groups = store.crash_groups(
+        "item", since=_WEEK, limit=50, newest=_DEATHS, task=task, signal=signal, host=host
+    )  # fmt: skip
     repeated = [each for each in groups if each.deaths > 1 or (each.task, each.key) in version_now]
-    last = _last_of(store, [each.key for each in repeated])
+    last = _last_of(store, [each.key for each in repeated], task, signal, host)
     return {
         "signatures": rows,
         "repeat_items": [
             {
                 "item": each.key, "task": each.task, "deaths": each.deaths, "batches": each.batches,
-                "signal": each.signal or each.cause, "python_frame": each.python_frame, "last_at": each.last_at,
-                "last_batch_id": last.get(each.key, (None, None))[0],
-                "last_position": last.get(each.key, (None, None))[1],
+                "signal": each.signal, "cause": each.cause, "exit_code": each.exit_code,
+                "python_frame": each.python_frame, "last_at": each.last_at,
+                "last_batch_id": last.get((each.task, each.key), (None, None))[0],
+                "last_position": last.get((each.task, each.key), (None, None))[1],
                 "state": version_now.get((each.task, each.key)),
             }
             for each in repeated
@@ -267,11 +270,19 @@ def crashes(store: Store, *, task: str | None = None, signal: str | None = None,
     }  # fmt: skip
 
 
-def _last_of(store: Store, items: Sequence[str]) -> dict[str, tuple[uuid.UUID, int]]:
+def _last_of(
+    store: Store, items: Sequence[str], task: str | None, signal: str | None, host: str | None
+) -> dict[tuple[str, str], tuple[uuid.UUID, int]]:
+    """By task and item."""
     if not items:
         return {}
-    rows = store.view("crash", {"item": list(items)}, since=("detected_at", _WEEK), order_by=["detected_at"])
-    return {each["item"]: (each["batch_id"], each["position"]) for each in rows}
+    wanted = {"item": list(items), "task": task, "hostname": host}
+    where = {name: value for name, value in wanted.items() if value is not None}
+    rows = store.view("crash", where, since=("detected_at", _WEEK), order_by=["detected_at"])
+    return {
+        (each["task"], each["item"]): (each["batch_id"], each["position"])
+        for each in rows if signal in (None, each["signal"] or each["cause"])
+    }  # fmt: skip
 
 
 def workers(store: Store, *, hours: float = 24.0) -> Object:

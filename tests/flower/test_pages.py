@@ -453,6 +453,8 @@ def test_rest_tells_what_the_pages_tell(site: Served, rich: scenes.Rich) -> None
     download = site.get(f"{api}/batches/{rich.invoices}/children?format=csv&status=failed").text
     assert [row["position"] for row in csv.DictReader(io.StringIO(download))] == ["12", "77", "140", "141", "160"]
     assert {each["signal"] for each in site.get(f"{api}/crashes?signal=SIGKILL").data["signatures"]} == {"SIGKILL"}
+    for narrowed, items in (("signal=SIGKILL", 2), ("host=web-2", 2), ("signal=SIGSEGV", 0), ("host=web-1", 0)):
+        assert len(site.get(f"{api}/crashes?{narrowed}").data["repeat_items"]) == items, narrowed
     assert len(site.get(f"{api}/workers").data["workers"]) == 2
     assert site.get(f"{api}/health").status == 503, "one batch is paused, and nobody has swept"
     checks = site.get(f"{api}/invariants").data
@@ -461,7 +463,7 @@ def test_rest_tells_what_the_pages_tell(site: Served, rich: scenes.Rich) -> None
 
 def test_rest_gives_the_rows_of_every_view(site: Served, rich: scenes.Rich) -> None:
     views = {each["name"]: each["columns"] for each in site.get("/api/batchtrack/views").data}
-    assert len(views) == 12
+    assert len(views) == 13
     for name, columns in views.items():
         rows = site.get(f"/api/batchtrack/views/{name}?limit=3").data
         assert len(rows) <= 3 and all(list(row) == columns for row in rows), name
