@@ -48,6 +48,34 @@ def queries_in(texts: list[str]) -> set[str]:
     return {html.unescape(text) for each in found for text in each}
 
 
+def check_footers(site: Served, rich: scenes.Rich) -> None:
+    """The query under a filtered table finds the rows of that table, and no others."""
+    batch = f"/batch/{rich.invoices}"
+    signature = site.get(f"{API}/batches/{rich.invoices}/signatures").data[0]["fingerprint"]
+    lists = [f"/batches?chip={chip}" for chip in CHIPS]
+    lists += [f"/batches?chip=all&search={search}" for search in ("INVOICES", str(rich.invoices)[:18], "a_b")]
+    for path, row in [(path, r'<tr data-key="([0-9a-f-]{36})"') for path in lists] + [
+        (f"{batch}?{query}", r'<tr data-key="c(\d+)"')
+        for query in ("status=failed", "item=INV-20012", "worker=web-3&status=crashed", f"fingerprint={signature}")
+    ]:
+        text = site.get(path).text
+        query = next(each for each in queries_in([text]) if "batch_progress" in each or "batch_child" in each)
+        with rich.scene.store.read() as connection:
+            found = [str(each[0 if "batches" in path else 2]) for each in connection.execute(sa.text(query))]
+        assert found == re.findall(row, text), (path, query)
+    for query in ("", "task=shop.images.thumbnail", "signal=SIGSEGV", "host=web-1", "host=web-2&signal=SIGKILL"):
+        told = site.get(f"{API}/crashes?{query}").data
+        shown = queries_in([site.get(f"/batches/crashes?{query}").text])
+        with rich.scene.store.read() as connection:
+            rows = {text: connection.execute(sa.text(text)).mappings().all() for text in shown}
+        alike = next(found for text, found in rows.items() if "GROUP BY fingerprint" in text)
+        assert {each["fingerprint"]: each["occurrences"] for each in alike} == {
+            each["fingerprint"]: each["occurrences"] for each in told["signatures"]
+        }, query
+        items = next((found for text, found in rows.items() if "GROUP BY item" in text), [])
+        assert {each["item"] for each in items} == {each["item"] for each in told["repeat_items"] if each["deaths"] > 1}
+
+
 def plain(answer: Answer) -> str:
     """Text of a page."""
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", answer.text))
@@ -115,6 +143,7 @@ def test_every_table_says_which_query_is_behind_it(site: Served, rich: scenes.Ri
         for query in queries:
             connection.execute(sa.text(query)).all()
     assert "batchtrack_incident" in site.get("/batches/sql/crash").text
+    check_footers(site, rich)
 
 
 def test_auto_refresh_off_means_no_refreshing(rich_url: str) -> None:
@@ -145,6 +174,7 @@ def test_pages_and_their_queries_on_postgresql(postgres_server: Any, monkeypatch
         more = [f"/batch/{rich.invoices}/children.csv", f"{API}/invariants"]
         for path in (*every_page(rich), *lists, *filters, *api, *more):
             assert site.get(path).status == 200, path
+        check_footers(site, rich)
         texts = [site.get(path).text for path in (*PAGES[:4], f"/batch/{rich.invoices}", f"/batch/{rich.invoices}/31")]
     with store.read() as connection:
         for query in queries_in(texts):

@@ -22,8 +22,9 @@ from tornado.web import HTTPError
 from celery_batchtrack import errors
 from celery_batchtrack.glue.extension import BatchTrack
 from celery_batchtrack.store import Store
+from celery_batchtrack.store.view_texts import Words
 from celery_batchtrack.surfaces import jsonio
-from celery_batchtrack.surfaces.flower import actions, show
+from celery_batchtrack.surfaces.flower import actions, queries, show
 from celery_batchtrack.surfaces.flower.snapshots import Silent, Snapshots
 from celery_batchtrack.surfaces.render import clean
 from celery_batchtrack.vocabulary.settings import Settings
@@ -349,12 +350,12 @@ class Namespace:
 
     def sql(self, view: str, where: Mapping[str, object] | None = None, order_by: str = "") -> str:
         """A query on a view that answers what a table shows."""
-        conditions = " AND ".join(f"{name} = {show.quoted(value)}" for name, value in (where or {}).items())
-        return (
-            f"SELECT * FROM batchtrack_{view}"
-            + (f" WHERE {conditions}" if conditions else "")
-            + (f" ORDER BY {order_by}" if order_by else "")
-        )
+        return queries.select(view, queries.equal(where or {}), order_by)
+
+    @property
+    def queries(self) -> queries.Queries:
+        """Those that say a page's filters."""
+        return queries.Queries(Words(self._handler.extension.store.sqlite))
 
 
 def _query(values: Mapping[str, object]) -> str:
