@@ -485,7 +485,8 @@ def test_rest_tells_what_the_pages_tell(site: Served, rich: scenes.Rich) -> None
     assert {each["signal"] for each in site.get(f"{api}/crashes?signal=SIGKILL").data["signatures"]} == {"SIGKILL"}
     for narrowed, items in (("signal=SIGKILL", 2), ("host=web-2", 2), ("signal=SIGSEGV", 0), ("host=web-1", 0)):
         assert len(site.get(f"{api}/crashes?{narrowed}").data["repeat_items"]) == items, narrowed
-    assert len(site.get(f"{api}/workers").data["workers"]) == 2
+    workers = {each["name"]: each["crashes_24h"] for each in site.get(f"{api}/workers").data["workers"]}
+    assert workers == {"invoices@web-3": 3, "invoices@web-1": 0}
     assert site.get(f"{api}/health").status == 503, "one batch is paused, and nobody has swept"
     checks = site.get(f"{api}/invariants").data
     assert checks and all(each["violations"] == 0 for each in checks)
