@@ -177,18 +177,18 @@ class Charting(Connected):
         with self.read() as connection:
             return {row[0]: row[1] for row in connection.execute(query)}
 
-    def last_deaths(self, items: Sequence[str], since: float) -> dict[str, tuple[uuid.UUID, int]]:
-        """Item in hand → (batch, position) of its newest death of the last so many seconds."""
-        query = (
-            sa.select(incident.c.item, incident.c.batch_id, incident.c.position)
-            .where(
-                incident.c.item.in_(list(items)), incident.c.item.is_not(None), incident.c.detected_by.is_not(None),
-                incident.c.overturned_at.is_(None), incident.c.detected_at >= later(-since),
-            )
-            .order_by(incident.c.detected_at, incident.c.id)
-        )  # fmt: skip
+    def last_deaths(
+        self, items: Sequence[str], *, since: float, task: str | None = None, signal: str | None = None,
+        host: str | None = None,
+    ) -> dict[tuple[str, str], tuple[uuid.UUID, int]]:  # fmt: skip
+        """(task, item in hand) → (batch, position) of its newest death of the last so many seconds. Only of this task,
+        signal (or cause) and host."""
+        of_item = _failures(None, task, signal, host, since, newest_first=False).where(
+            incident.c.item.in_(list(items)), incident.c.item.is_not(None), incident.c.detected_by.is_not(None)
+        )
         with self.read() as connection:
-            return {row.item: (row.batch_id, row.position) for row in connection.execute(query)}
+            rows = connection.execute(of_item.order_by(incident.c.detected_at, incident.c.id)).all()
+        return {(row.task, row.item): (row.batch_id, row.position) for row in rows}
 
     def failing(self, column: str, since: float, limit: int = 100) -> Mapping[str, int]:
         """Deaths and failures of the last so many seconds by ``task``, ``signal`` (or cause) or ``hostname``, most
@@ -210,8 +210,9 @@ def _spread(connection: sa.Connection, batch_id: uuid.UUID) -> list[int]:
 
 
 def _failures(
-    batch_id: uuid.UUID | None, task: str | None, signal: str | None, host: str | None, since: float | None
-) -> sa.Select[Any]:
+    batch_id: uuid.UUID | None, task: str | None, signal: str | None, host: str | None, since: float | None, *,
+    newest_first: bool = True,
+) -> sa.Select[Any]:  # fmt: skip
     own = sa.case((child.c.item_count == 1, first_item(child.c["items"])))
     item = sa.func.coalesce(incident.c.item, own).label("item")
     names = (
@@ -227,7 +228,7 @@ def _failures(
     )  # fmt: skip
     if batch_id is not None:
         query = query.where(incident.c.batch_id == batch_id)
-    else:
+    elif newest_first:
         query = query.order_by(incident.c.detected_at.desc())
     if since is not None:
         query = query.where(incident.c.detected_at >= later(-since))

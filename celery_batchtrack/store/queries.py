@@ -184,13 +184,13 @@ class Queries(Connected):
 
     def crash_groups(
         self, by: str, batch_id: uuid.UUID | None = None, *, since: float | None = None, limit: int = 1000,
-        newest: int | None = None,
+        newest: int | None = None, task: str | None = None, signal: str | None = None, host: str | None = None,
     ) -> list[CrashGroup]:  # fmt: skip
         """Deaths grouped by ``fingerprint``, ``item``, ``signal`` or ``host``, most deaths first. Of an item, each
         task's deaths are a group of their own. What may differ within a group is that of its newest death.
-        `newest`: only of so many deaths."""
+        `newest`: only of so many deaths. Only of this task, signal (or cause) and host."""
         first = None if newest is None else self._moment_of_incident(newest)
-        each = _deaths_by(by, batch_id, since, first).subquery()
+        each = _deaths_by(by, batch_id, since, first).where(*_narrowed(task, signal, host)).subquery()
 
         def of_newest(name: str) -> Any:
             return sa.func.max(sa.case((each.c.nth == 1, each.c[name])))
@@ -308,7 +308,7 @@ def _deaths_by(
     }[by]  # fmt: skip
     apart: tuple[Any, ...] = (child.c.task,) if by in ("item", "fingerprint") else ()
     newest_first = (incident.c.detected_at.desc(), incident.c.id.desc())
-    told = ("batch_id", "detected_at", "cause", "signal", "python_frame", "item")
+    told = ("batch_id", "detected_at", "cause", "signal", "exit_code", "python_frame", "item")
     query = (
         sa.select(
             key.label("key"), child.c.task, *(incident.c[name] for name in told),
@@ -325,6 +325,14 @@ def _deaths_by(
     if first is not None:
         query = query.where(incident.c.detected_at >= first)
     return query
+
+
+def _narrowed(task: str | None, signal: str | None, host: str | None) -> list[sa.ColumnElement[bool]]:
+    wanted = (
+        (child.c.task, task), (sa.func.coalesce(incident.c.signal, incident.c.cause), signal),
+        (incident.c.hostname, host),
+    )  # fmt: skip
+    return [column == value for column, value in wanted if value is not None]
 
 
 def _incident_row(row: Any) -> IncidentRow:

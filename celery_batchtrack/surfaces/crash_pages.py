@@ -83,7 +83,7 @@ def _group_columns(by: str) -> list[tuple[Column, str]]:
 
 def _group_cell(name: str, each: Object, now: datetime) -> object:
     if name == "how":
-        return each["signal"] or str(each["cause"]).replace("_", " ")
+        return how_it_died(each)
     if name == "last":
         return ago(each["last_at"], now)
     value = each[name]

@@ -26,6 +26,8 @@ Object = dict[str, Any]
 CHIPS = ("attention", "running", "crashed", "failed", "completed", "all")
 #: Windows of the crash explorer.
 WINDOWS: Mapping[str, float] = {"1h": 3600.0, "3h": 10_800.0, "24h": 86_400.0, "7d": 604_800.0}
+#: Characters of a description in a list.
+DESCRIBED = 1000
 #: Bins of a plot, at most.
 _BINS = 120
 _NESTED = 50
@@ -80,12 +82,15 @@ def _asked(text: str | None, limit: int = 1000) -> str | None:
     return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()[:limit]
 
 
-def _batches(store: Store, ids: Sequence[uuid.UUID]) -> list[Object]:
+def _batches(store: Store, ids: Sequence[uuid.UUID], *, whole: bool = False) -> list[Object]:
+    """`whole`: also long descriptions."""
     stuck = {each["batch_id"]: each["reason"] for each in _stuck(store, ids)}
     found = list(views.batches(store, ids))
     for each in found:
         each["short_id"] = str(each["batch_id"])[: views.SHORT_ID]
         each["stuck"] = stuck.get(uuid.UUID(str(each["batch_id"])))
+        if not whole and len(each["description"] or "") > DESCRIBED:
+            each["description"] = each["description"][: DESCRIBED - 1] + "…"
     return found
 
 
@@ -116,7 +121,7 @@ def batch_page(store: Store, batch_id: uuid.UUID) -> Object:
 
 
 def _one(store: Store, batch_id: uuid.UUID) -> Object:
-    found = _batches(store, [batch_id])
+    found = _batches(store, [batch_id], whole=True)
     if not found:
         raise errors.BatchNotFound(f"no batch {batch_id} in {store.shown_url}")
     return found[0]
@@ -241,17 +246,22 @@ def crashes(store: Store, *, task: str | None = None, signal: str | None = None,
     for row, signature in zip(rows, found, strict=True):
         row["counts"] = dict(zip(WINDOWS, signature.counts, strict=True))
     version_now = {(each.task, each.item): each.state for each in store.quarantine_list()}
-    groups = store.crash_groups("item", since=_WEEK, limit=50, newest=_DEATHS)
+    groups = store.crash_groups(
+        "item", since=_WEEK, limit=50, newest=_DEATHS, task=task, signal=signal, host=host
+    )  # fmt: skip
     repeated = [each for each in groups if each.deaths > 1 or (each.task, each.key) in version_now]
-    last = store.last_deaths([each.key for each in repeated], _WEEK)
+    last = store.last_deaths(
+        [each.key for each in repeated], since=_WEEK, task=task, signal=signal, host=host
+    )  # fmt: skip
     return {
         "signatures": rows,
         "repeat_items": [
             {
                 "item": each.key, "task": each.task, "deaths": each.deaths, "batches": each.batches,
-                "signal": each.signal or each.cause, "python_frame": each.python_frame, "last_at": each.last_at,
-                "last_batch_id": last.get(each.key, (None, None))[0],
-                "last_position": last.get(each.key, (None, None))[1],
+                "signal": each.signal, "cause": each.cause, "exit_code": each.exit_code,
+                "python_frame": each.python_frame, "last_at": each.last_at,
+                "last_batch_id": last.get((each.task, each.key), (None, None))[0],
+                "last_position": last.get((each.task, each.key), (None, None))[1],
                 "state": version_now.get((each.task, each.key)),
             }
             for each in repeated

@@ -30,6 +30,12 @@ def clean(text: object) -> str:
     return "".join(char for char in plain if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
 
 
+def harmless(text: str) -> str:
+    """The same of several lines, with their tabs."""
+    plain = _ESCAPE.sub("", text).replace("\r\n", "\n")
+    return "".join(char for char in plain if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs"))
+
+
 def width(text: str) -> int:
     """Cells that a cleaned text takes on a terminal."""
     if text.isascii():

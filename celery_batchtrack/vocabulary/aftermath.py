@@ -90,6 +90,7 @@ class CrashGroup:
     item: str | None
     first_at: datetime
     last_at: datetime
+    exit_code: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,11 +101,11 @@ def _invoices(scene: Scene, random_: random.Random) -> tuple[uuid.UUID, int, int
         options={"tolerance": "5%", "max_in_flight": 100},
     )  # fmt: skip
     scene.set_batch(batch, name="invoices")
-    crashes, failures = [31, 118, 119], [12, 77, 140, 141, 160]
+    run_by, crashes, failures = scene.worker_id, [31, 118, 119], [12, 77, 140, 141, 160]
     for at in range(180):
         run = scene.run(batch, at)
         if at in crashes:
-            scene.crash(run, evidence=replace(SEGFAULT, item=f"INV-{20_000 + at}"))
+            scene.crash(run, evidence=replace(SEGFAULT, item=f"INV-{20_000 + at}", worker_id=run_by))
         elif at in failures:
             scene.fail(run, KEY_ERROR)
         else:

@@ -30,6 +30,11 @@ FLAGS = [
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 ]  # fmt: skip
 WIDE, NARROW = 1280, 390
+#: Stuck batches with something beside their name or their reason.
+BESIDE = """[...document.querySelectorAll('.bt-stuck tbody tr')].filter(row => {
+  const [name, why, since] = [...row.cells].map(cell => cell.getBoundingClientRect());
+  return name.bottom > why.top || why.bottom > since.top;
+}).map(row => row.textContent)"""
 
 
 def chromium() -> str:
@@ -144,6 +149,8 @@ def test_every_page_fits_and_has_no_errors(
                 "[...document.querySelectorAll('.bt-bar rect.bt-f-crashed')].map(r => r.getBoundingClientRect().width)"
             )
             assert all(each >= 2 for each in thin), (name, thin)
+            if width == NARROW:
+                assert seen.page.evaluate(BESIDE) == [], "rows of a list are all laid out alike"
 
 
 def test_pages_fit_every_window(flowers: Flowers, rich: scenes.Rich, tab: Any) -> None:

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 
 from celery_batchtrack.store import Store
 from celery_batchtrack.surfaces.flower import svg, table
+from celery_batchtrack.surfaces.flower.base import sentence
 from celery_batchtrack.surfaces.flower.loader import with_tab
 from celery_batchtrack.surfaces.flower.snapshots import Snapshots
 from celery_batchtrack.surfaces.reading import CHIPS
@@ -45,6 +46,34 @@ def queries_in(texts: list[str]) -> set[str]:
     """The SQL that pages show."""
     found = (re.findall(r'<code class="bt-sql-text">([^<]*)', page) for page in texts)
     return {html.unescape(text) for each in found for text in each}
+
+
+def check_footers(site: Served, rich: scenes.Rich) -> None:
+    """The query under a filtered table finds the rows of that table, and no others."""
+    batch = f"/batch/{rich.invoices}"
+    signature = site.get(f"{API}/batches/{rich.invoices}/signatures").data[0]["fingerprint"]
+    lists = [f"/batches?chip={chip}" for chip in CHIPS]
+    lists += [f"/batches?chip=all&search={search}" for search in ("INVOICES", str(rich.invoices)[:18], "a_b")]
+    for path, row in [(path, r'<tr data-key="([0-9a-f-]{36})"') for path in lists] + [
+        (f"{batch}?{query}", r'<tr data-key="c(\d+)"')
+        for query in ("status=failed", "item=INV-20012", "worker=web-3&status=crashed", f"fingerprint={signature}")
+    ]:
+        text = site.get(path).text
+        query = next(each for each in queries_in([text]) if "batch_progress" in each or "batch_child" in each)
+        with rich.scene.store.read() as connection:
+            found = [str(each[0 if "batches" in path else 2]) for each in connection.execute(sa.text(query))]
+        assert found == re.findall(row, text), (path, query)
+    for query in ("", "task=shop.images.thumbnail", "signal=SIGSEGV", "host=web-1", "host=web-2&signal=SIGKILL"):
+        told = site.get(f"{API}/crashes?{query}").data
+        shown = queries_in([site.get(f"/batches/crashes?{query}").text])
+        with rich.scene.store.read() as connection:
+            rows = {text: connection.execute(sa.text(text)).mappings().all() for text in shown}
+        alike = next(found for text, found in rows.items() if "GROUP BY fingerprint" in text)
+        assert {each["fingerprint"]: each["occurrences"] for each in alike} == {
+            each["fingerprint"]: each["occurrences"] for each in told["signatures"]
+        }, query
+        items = next((found for text, found in rows.items() if "GROUP BY item" in text), [])
+        assert {each["item"] for each in items} == {each["item"] for each in told["repeat_items"] if each["deaths"] > 1}
 
 
 def plain(answer: Answer) -> str:
@@ -114,6 +143,7 @@ def test_every_table_says_which_query_is_behind_it(site: Served, rich: scenes.Ri
         for query in queries:
             connection.execute(sa.text(query)).all()
     assert "batchtrack_incident" in site.get("/batches/sql/crash").text
+    check_footers(site, rich)
 
 
 def test_auto_refresh_off_means_no_refreshing(rich_url: str) -> None:
@@ -144,6 +174,7 @@ def test_pages_and_their_queries_on_postgresql(postgres_server: Any, monkeypatch
         more = [f"/batch/{rich.invoices}/children.csv", f"{API}/invariants"]
         for path in (*every_page(rich), *lists, *filters, *api, *more):
             assert site.get(path).status == 200, path
+        check_footers(site, rich)
         texts = [site.get(path).text for path in (*PAGES[:4], f"/batch/{rich.invoices}", f"/batch/{rich.invoices}/31")]
     with store.read() as connection:
         for query in queries_in(texts):
@@ -175,10 +206,12 @@ def test_a_spreadsheet_runs_nothing_of_a_download(site: Served, rich: scenes.Ric
     rows = list(csv.DictReader(io.StringIO(got.text)))
     assert len(rows) == 2
     assert not [cell for row in rows for cell in row.values() if cell.lstrip()[:1] in ("=", "+", "-", "@")]
+    assert not [harm for harm in ("\x1b", "\x07", "\u202e", "[31m") if harm in rows[0]["item"] + rows[0]["message"]]
+    assert "red esrever\nline" in rows[0]["item"], "what is to be read stays"
     assert len(list(csv.reader(io.StringIO(site.get(f"/batch/{rich.invoices}/children.csv").text)))) == 241
-    for evil in ("=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "  =1"):
+    for evil in ("=1+1", "+1", "-1", "@x", "\t=1", "\n=1", "  =1"):
         assert table.cell(evil) == "'" + evil
-    cells = {-1: "-1", 1.5: "1.5", None: "", True: "true", "a\0b": "ab"}
+    cells = {-1: "-1", 1.5: "1.5", None: "", True: "true", "a\0b": "ab", "\r=1": "'=1"}
     assert {value: table.cell(value) for value in cells} == cells
 
 
@@ -436,6 +469,10 @@ def test_rest_tells_what_the_pages_tell(site: Served, rich: scenes.Rich) -> None
     assert len(listed["batches"]) == 2 and listed["next"]
     more = site.get(f"{api}/batches?chip=crashed&limit=2&after={quote(listed['next'])}").data["batches"]
     assert not {each["id"] for each in more} & {each["id"] for each in listed["batches"]}
+    everything = site.get(f"{api}/batches").data["batches"]
+    long = next(each for each in everything if each["id"] == str(rich.hostile))["description"]
+    assert len(long) == 1000 and long.endswith("y…") and str(rich.reindex) in {each["id"] for each in everything}
+    assert len(site.get(f"{api}/batches/{rich.hostile}").data["batch"]["description"]) == 100_000
     page = site.get(f"{api}/batches/{rich.invoices}").data
     assert page["batch"]["name"] == "invoices" and page["batch"]["crashed"] == 3 and page["durations"]["count"] == 180
     assert site.get(f"{api}/batches/{rich.invoices}/signatures").data == page["signatures"]
@@ -446,7 +483,10 @@ def test_rest_tells_what_the_pages_tell(site: Served, rich: scenes.Rich) -> None
     download = site.get(f"{api}/batches/{rich.invoices}/children?format=csv&status=failed").text
     assert [row["position"] for row in csv.DictReader(io.StringIO(download))] == ["12", "77", "140", "141", "160"]
     assert {each["signal"] for each in site.get(f"{api}/crashes?signal=SIGKILL").data["signatures"]} == {"SIGKILL"}
-    assert len(site.get(f"{api}/workers").data["workers"]) == 2
+    for narrowed, items in (("signal=SIGKILL", 2), ("host=web-2", 2), ("signal=SIGSEGV", 0), ("host=web-1", 0)):
+        assert len(site.get(f"{api}/crashes?{narrowed}").data["repeat_items"]) == items, narrowed
+    workers = {each["name"]: each["crashes_24h"] for each in site.get(f"{api}/workers").data["workers"]}
+    assert workers == {"invoices@web-3": 3, "invoices@web-1": 0}
     assert site.get(f"{api}/health").status == 503, "one batch is paused, and nobody has swept"
     checks = site.get(f"{api}/invariants").data
     assert checks and all(each["violations"] == 0 for each in checks)
@@ -454,7 +494,7 @@ def test_rest_tells_what_the_pages_tell(site: Served, rich: scenes.Rich) -> None
 
 def test_rest_gives_the_rows_of_every_view(site: Served, rich: scenes.Rich) -> None:
     views = {each["name"]: each["columns"] for each in site.get("/api/batchtrack/views").data}
-    assert len(views) == 12
+    assert len(views) == 13
     for name, columns in views.items():
         rows = site.get(f"/api/batchtrack/views/{name}?limit=3").data
         assert len(rows) <= 3 and all(list(row) == columns for row in rows), name
@@ -467,6 +507,7 @@ def test_rest_gives_the_rows_of_every_view(site: Served, rich: scenes.Rich) -> N
         ("views/nonsense", 404), ("views/crash?nonsense=1", 400), ("views/crash?limit=x", 400), ("nonsense", 404),
         ("views/crash?batch_id=7", 400), ("views/crash?order_by=nonsense", 400), ("batches/nonsense", 404),
         (f"batches/{uuid.uuid4()}/children", 404), ("batches?chip=nonsense", 400), ("batches?limit=100000", 400),
+        ("batches?limit=0", 400), ("views/crash?limit=0", 400), (f"batches/{rich.invoices}/children?limit=0", 400),
     ):  # fmt: skip
         answer = site.get(f"/api/batchtrack/{bad}")
         assert answer.status == status and answer.data["error"], bad
@@ -525,6 +566,12 @@ def test_no_segment_of_a_bar_is_invisible_and_none_is_full_too_early() -> None:
     assert svg.bar({**counts, "total": 0}) == []
     tiny = svg.bar({**dict.fromkeys(counts, 1), "total": 10**9})
     assert len(tiny) == 5 and all(each.width >= svg.LEAST for each in tiny)
+
+
+def test_what_is_wrong_is_said_in_sentences_and_identifiers_stay_as_they_are() -> None:
+    for text in ("only is some of failed", "batchtrack_crash has no column", "callbacks goes alone", "'a' is no page"):
+        assert sentence(text) == text
+    assert sentence("no batch 7") == "No batch 7" and sentence("") == ""
 
 
 def test_a_navigation_without_a_broker_is_left_as_it_is() -> None:

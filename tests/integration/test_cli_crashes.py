@@ -164,7 +164,7 @@ def test_crashes_by_signal_and_host_count_all_deaths(deaths: object, text: Run, 
     assert "SIGNAL" in text("crashes", "--group-by", "signal")
     _, web3, web4 = cells(text("crashes", "--group-by", "host"))
     assert web3[:5] == ["web-3", "3", "2", "1", "SIGSEGV"]
-    assert web4[:5] == ["web-4", "2", "2", "1", "exit"], "of its newest death, not the last in the alphabet"
+    assert web4[:5] == ["web-4", "2", "2", "1", "exit code 3"], "of its newest death, not the last in the alphabet"
 
 
 def test_groups_of_crashes_are_of_one_batch_lately_and_bounded(

@@ -87,7 +87,7 @@ CASES: dict[str, Ask] = {
     "failures alike": lambda large: large.store.view(
         "failure", {"fingerprint": "aaaa"}, order_by=("-detected_at",), limit=20
     ),
-    "last deaths": lambda large: large.store.last_deaths(["DOC:7", "DOC:5007"], 604_800.0),
+    "last deaths": lambda large: large.store.last_deaths(["DOC:7", "DOC:5007"], since=604_800.0),
     "children as a view": _view("batch_child", ("position",)),
     "crash in a minute": lambda large: large.store.view("crash", since=("detected_at", 60.0)),
 }  # fmt: skip

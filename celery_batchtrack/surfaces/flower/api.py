@@ -28,7 +28,7 @@ class Batches(ApiHandler):
         chip, search, after = self.asked("chip") or "all", self.asked("search") or "", self.asked("after")
         if chip not in reading.CHIPS:
             raise Problem(400, "", f"chip is one of {', '.join(reading.CHIPS)}, not {chip[:40]!r}")
-        limit = self.asked_number("limit", 25, 500) or 25
+        limit = self.asked_limit(25, 500)
         found = await self.reading(
             ("batches", chip, search, after, limit),
             lambda store: reading.batch_list(store, chip=chip, search=search, after=after, limit=limit),
@@ -61,7 +61,7 @@ class Children(ApiHandler):
         if self.asked("format") == "csv":
             await table.send_children(self, batch_id, chosen)
             return
-        limit = self.asked_number("limit", 50, MOST_ROWS) or 50
+        limit = self.asked_limit(50, MOST_ROWS)
         found = await self.reading(
             ("children", batch_id, limit, *chosen.values()), lambda store: _children(store, batch_id, chosen, limit)
         )
@@ -152,7 +152,7 @@ class OneView(ApiHandler):
         if name not in VIEWS:
             raise Problem(404, "", f"no view batchtrack_{name}: there are {', '.join(sorted(VIEWS))}")
         columns = list(VIEWS[name].columns)
-        limit = self.asked_number("limit", 100, MOST_ROWS) or 100
+        limit = self.asked_limit(100, MOST_ROWS)
         order = tuple(each for each in (self.asked("order_by") or "").split(",") if each)
         where = self._where(columns)
         rows = await self.reading(
@@ -180,8 +180,8 @@ _TEXT = frozenset((
     "traceback", "last_item", "kind", "pool", "version", "state", "lost_by", "slot", "worker_state", "detail",
     "check_name", "parent_task", "parent_task_id", "description", "pause_reason",
 ))  # fmt: skip
-_IDS = ("batch_id", "worker_id", "incident_id", "parent_batch")
-_MOMENTS = ("_at", "time", "since")
+_IDS = ("batch_id", "worker_id", "incident_id", "parent_batch", "waits_on_batch")
+_MOMENTS = ("_at", "time", "since", "not_before")
 _NOT_COMPARED = ("items", "tags", "metadata")
 
 
@@ -197,7 +197,7 @@ def typed(name: str, text: str) -> Any:
         if name.endswith(_MOMENTS):
             moment = datetime.fromisoformat(text)
             return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-        if name.startswith("is_"):
+        if name.startswith("is_") or name == "isolated":
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return _number(text)
     except (ValueError, KeyError, OverflowError):

@@ -22,8 +22,9 @@ from tornado.web import HTTPError
 from celery_batchtrack import errors
 from celery_batchtrack.glue.extension import BatchTrack
 from celery_batchtrack.store import Store
+from celery_batchtrack.store.view_texts import Words
 from celery_batchtrack.surfaces import jsonio
-from celery_batchtrack.surfaces.flower import show
+from celery_batchtrack.surfaces.flower import actions, queries, show
 from celery_batchtrack.surfaces.flower.snapshots import Silent, Snapshots
 from celery_batchtrack.surfaces.render import clean
 from celery_batchtrack.vocabulary.settings import Settings
@@ -50,12 +51,22 @@ class Problem(Exception):
         self.status, self.title, self.text, self.advice = status, title, text, advice
 
 
+#: Ordinary words, and parameters too: `only is some of …`.
+_PARAMETERS = frozenset({*actions.OPTIONS, "item", "task", "limit", "order_by"})
+
+
+def sentence(text: str) -> str:
+    """It begins with a capital letter, unless its first word is an identifier."""
+    first = text.partition(" ")[0].rstrip(",:")
+    is_word = first.isascii() and first.isalpha() and first not in _PARAMETERS
+    return text[:1].upper() + text[1:] if is_word else text
+
+
 def problem_of(error: Exception) -> Problem:
     """What to tell of an error of ours."""
-    text = clean(error)
-    text = text[:1].upper() + text[1:]
     if isinstance(error, Problem):
         return error
+    text = sentence(clean(error))
     if isinstance(error, errors.BatchNotFound):
         return Problem(404, "Not found", text, ("It may have been pruned: batchtrack_retention says when.",))
     if isinstance(error, errors.DatabaseUnavailable):
@@ -141,13 +152,20 @@ class Shared(BaseHandler):  # type: ignore[misc]
         """A parameter of the address as it is (Flower's own `get_argument` escapes it)."""
         return self.get_query_argument(name, "") or None
 
-    def asked_number(self, name: str, default: int | None = None, most: int = 2**62) -> int | None:
+    def asked_number(self, name: str, default: int | None = None, most: int = 2**62, least: int = 0) -> int | None:
         text = self.asked(name)
         if text is None:
             return default
-        if not text.isascii() or not text.isdigit() or int(text[:30]) > most:
-            raise Problem(400, "Not understood", f"{name} must be a whole number of at most {most}, not {text[:40]!r}")
+        if not text.isascii() or not text.isdigit() or not least <= int(text[:30]) <= most:
+            told = f"{name} must be a whole number from {least} to {most}, not {text[:40]!r}"
+            raise Problem(400, "Not understood", told)
         return int(text)
+
+    def asked_limit(self, default: int, most: int) -> int:
+        """How many rows are wanted."""
+        found = self.asked_number("limit", default, most, least=1)
+        assert found is not None
+        return found
 
     def guard_action(self) -> None:
         """Before anything is changed: never in read-only mode, nor for another site's page."""
@@ -332,12 +350,12 @@ class Namespace:
 
     def sql(self, view: str, where: Mapping[str, object] | None = None, order_by: str = "") -> str:
         """A query on a view that answers what a table shows."""
-        conditions = " AND ".join(f"{name} = {show.quoted(value)}" for name, value in (where or {}).items())
-        return (
-            f"SELECT * FROM batchtrack_{view}"
-            + (f" WHERE {conditions}" if conditions else "")
-            + (f" ORDER BY {order_by}" if order_by else "")
-        )
+        return queries.select(view, queries.equal(where or {}), order_by)
+
+    @property
+    def queries(self) -> queries.Queries:
+        """Those that say a page's filters."""
+        return queries.Queries(Words(self._handler.extension.store.sqlite))
 
 
 def _query(values: Mapping[str, object]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -12,7 +11,7 @@ from typing import Any
 from celery_batchtrack.surfaces.crash_pages import why_no_stack
 from celery_batchtrack.surfaces.flower import svg
 from celery_batchtrack.surfaces.pages import how_it_died, seconds_between
-from celery_batchtrack.surfaces.render import _ESCAPE, clean, size
+from celery_batchtrack.surfaces.render import clean, harmless, size
 
 NOTHING = "\u2013"
 #: Characters of one value in a table, and of a text before "show all".
@@ -34,8 +33,7 @@ def line(value: object, limit: int = CELL) -> str:
 
 def block(value: object) -> str:
     """Several lines, without escape sequences, control and invisible characters."""
-    plain = _ESCAPE.sub("", str(value)).replace("\r\n", "\n").replace("\t", "    ")
-    return "".join(char for char in plain if char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Cs"))
+    return harmless(str(value)).replace("\t", "    ")
 
 
 def beginning(text: str, limit: int = TEXT) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from tornado.iostream import StreamClosedError
 
 from celery_batchtrack.surfaces import jsonio, reading
+from celery_batchtrack.surfaces.render import harmless
 from celery_batchtrack.vocabulary.records import isoformat
 
 #: Rows that are read, and sent, at once.
@@ -35,7 +36,7 @@ def cell(value: Any) -> str:
     if isinstance(value, (int, float)):
         return str(value)
     text = jsonio.dumps(value) if isinstance(value, (dict, list, tuple)) else str(value)
-    text = text.replace("\0", "")
+    text = harmless(text)
     return "'" + text if text.lstrip(" ").startswith(_RUN_BY_SPREADSHEETS) else text
 
 
