@@ -178,8 +178,8 @@ class Browsing(Finding):
     def newest_incidents(self, batch_id: uuid.UUID, positions: Sequence[int]) -> dict[int, sa.Row[Any]]:
         """Of these children the newest incident that stands, without stacks."""
         names = (
-            "id", "position", "attempt", "cause", "signal", "exception", "python_frame", "message", "fingerprint",
-            "item", "hostname", "worker", "detected_at",
+            "id", "position", "attempt", "cause", "signal", "exit_code", "exception", "python_frame", "message",
+            "fingerprint", "item", "hostname", "worker", "detected_at",
         )  # fmt: skip
         query = (
             sa.select(*(incident.c[name] for name in names))

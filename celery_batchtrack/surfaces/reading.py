@@ -34,7 +34,9 @@ _NESTED = 50
 #: Items that killed are looked for among so many newest deaths.
 _DEATHS = 10_000
 _WEEK = WINDOWS["7d"]
-_OF_INCIDENT = ("cause", "signal", "exception", "python_frame", "message", "fingerprint", "item", "hostname")
+_OF_INCIDENT = (
+    "cause", "signal", "exit_code", "exception", "python_frame", "message", "fingerprint", "item", "hostname",
+)  # fmt: skip
 _PACKAGES = ("celery-batchtrack", "celery", "kombu", "sqlalchemy", "psycopg", "flower")
 
 

@@ -24,7 +24,8 @@ from celery_batchtrack.surfaces.flower.base import sentence
 from celery_batchtrack.surfaces.flower.loader import with_tab
 from celery_batchtrack.surfaces.flower.snapshots import Snapshots
 from celery_batchtrack.surfaces.reading import CHIPS
-from celery_batchtrack.vocabulary.states import BatchStatus
+from celery_batchtrack.vocabulary.evidence import Evidence
+from celery_batchtrack.vocabulary.states import BatchStatus, Cause, Detector
 from tests.flower import scenes
 from tests.flower.kit import BASIC, OAUTH, Answer, Served, served, shop
 from tests.helpers import ROOT, eventually, unique
@@ -144,6 +145,23 @@ def test_every_table_says_which_query_is_behind_it(site: Served, rich: scenes.Ri
             connection.execute(sa.text(query)).all()
     assert "batchtrack_incident" in site.get("/batches/sql/crash").text
     check_footers(site, rich)
+
+
+def test_an_exit_is_told_with_its_code_and_a_run_with_its_process(own: str) -> None:
+    store = Store(own)
+    scene = Scene(store)
+    worker = scene.worker(pid=90)
+    batch = scene.batch(3)
+    left = Evidence(Cause.EXIT, exit_code=3, item="DOC-3", detected_by=Detector.MAIN, hostname="web-9")
+    for at in range(2):
+        scene.crash(scene.run(batch, at, worker=worker), evidence=left)
+    scene.run(batch, 2, worker=worker, slot="4711:9")
+    with served(shop(own)) as site:
+        page = plain(site.get(f"/batch/{batch}"))
+        assert page.count("exit code 3") == 3 and "callbacks died or failed" in page, "its signature, and two children"
+        assert plain(site.get("/batches/crashes?host=web-9")).count("exit code 3") == 2, "its signature, and the item"
+        assert "pid 4711" in plain(site.get("/batches/workers"))
+    store.dispose()
 
 
 def test_auto_refresh_off_means_no_refreshing(rich_url: str) -> None:
