@@ -91,7 +91,7 @@ def test_doctor_finds_what_is_wrong_with_workers_database_and_broker(
     other = started("other", "-P", "threads", SHOP_DATABASE=f"sqlite:///{tmp_path}/other.db")
     bare = started("bare")
     workers = [ours, solo, other, bare]
-    Batch.create("to nobody", [shop.tasks["shop.ocr"].s().set(queue="nobody") for _ in range(3)])
+    Batch.create("to nobody", [shop.tasks["shop.ocr"].s().set(queue="nobody") for _ in range(3)], app=shop)
     try:
         for each in workers:
             each.start()
