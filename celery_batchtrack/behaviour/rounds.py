@@ -9,13 +9,10 @@ from typing import Any
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary import events
 from celery_batchtrack.vocabulary.records import BatchRow, Retried
-from celery_batchtrack.vocabulary.states import Status
+from celery_batchtrack.vocabulary.states import NOT_COMPLETED, Status
 
 from . import finish
 from .tracker import Tracker
-
-#: What may be retried.
-NOT_COMPLETED = (Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
 
 def retry(

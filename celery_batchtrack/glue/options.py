@@ -11,12 +11,11 @@ from datetime import datetime, timedelta
 from typing import Any, TypedDict
 
 from celery_batchtrack import errors
-from celery_batchtrack.behaviour import rounds
 from celery_batchtrack.vocabulary.crash_policy import CrashPolicy
 from celery_batchtrack.vocabulary.pacing import Pace
 from celery_batchtrack.vocabulary.policies import CrashRate, Tolerance
 from celery_batchtrack.vocabulary.settings import seconds, suggestion
-from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, Kind, Status
+from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, NOT_COMPLETED, Kind, Status
 
 from . import codec, transaction
 
@@ -273,11 +272,11 @@ def _storable(text: str) -> bool:
 # -- another round ----------------------------------------------------------------------------------
 
 def retried(only: str | Status | Sequence[str] | None) -> tuple[Status, ...]:
-    wanted = rounds.NOT_COMPLETED if only is None else (only,) if isinstance(only, str) else tuple(only)
+    wanted = NOT_COMPLETED if only is None else (only,) if isinstance(only, str) else tuple(only)
     for each in wanted:
-        if each not in rounds.NOT_COMPLETED:
+        if each not in NOT_COMPLETED:
             raise errors.InvalidOption(
-                f"retry(only=…) takes {', '.join(rounds.NOT_COMPLETED)}, not {each!r}: only such children are retried"
+                f"retry(only=…) takes {', '.join(NOT_COMPLETED)}, not {each!r}: only such children are retried"
             )
     return tuple(dict.fromkeys(Status(each) for each in wanted))
 

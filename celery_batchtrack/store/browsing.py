@@ -17,19 +17,18 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from celery_batchtrack.vocabulary.records import ChildRow
-from celery_batchtrack.vocabulary.states import BATCH_ALIVE, OPEN, BatchStatus, EndReason, Kind, Status
+from celery_batchtrack.vocabulary.states import BATCH_ALIVE, NOT_COMPLETED, OPEN, BatchStatus, EndReason, Kind, Status
 
 from .clock import age, first_item, now
 from .finding import Finding
 from .rows import CHILD_COLUMNS, child_row
-from .schema import HAS_ENDED, NOT_COMPLETED, ONE_ITEM, batch, child, incident, meta, open_in, tally, worker
+from .schema import BATCH_NOT_COMPLETED, HAS_ENDED, ONE_ITEM, batch, child, incident, meta, open_in, tally, worker
 
 #: Children that are read through for what no index knows.
 SEARCHED = 50_000
 #: Batches that may have an item in common.
 HAVING = 500
 _ALIVE = [each.value for each in BATCH_ALIVE]
-_UNHAPPY = (Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +58,8 @@ def _chip(chip: str) -> sa.ColumnElement[bool]:
     crashed = sa.select(tally.c.batch_id).where(sa.text("batchtrack_tally.crashed > 0"))
     failed = sa.select(tally.c.batch_id).where(sa.text("batchtrack_tally.failed > 0"))
     chips: dict[str, sa.ColumnElement[bool]] = {
-        "attention": sa.and_(NOT_COMPLETED, sa.or_(batch.c.status.in_([*_ALIVE, *ended_badly]), own_will)),
-        "running": sa.and_(NOT_COMPLETED, batch.c.status.in_(_ALIVE)),
+        "attention": sa.and_(BATCH_NOT_COMPLETED, sa.or_(batch.c.status.in_([*_ALIVE, *ended_badly]), own_will)),
+        "running": sa.and_(BATCH_NOT_COMPLETED, batch.c.status.in_(_ALIVE)),
         "crashed": batch.c.id.in_(crashed),
         "failed": sa.or_(batch.c.id.in_(failed), batch.c.status == BatchStatus.FAILED.value),
         "completed": batch.c.status == BatchStatus.COMPLETED.value,
@@ -200,7 +199,7 @@ class Browsing(Finding):
 
     def facts(self) -> Mapping[str, Any]:
         """Of the database: current_time, swept_at, swept_by, sweep_age_seconds, open_batches, oldest_open."""
-        alive = sa.and_(NOT_COMPLETED, batch.c.status.in_(_ALIVE))
+        alive = sa.and_(BATCH_NOT_COMPLETED, batch.c.status.in_(_ALIVE))
         query = sa.select(
             now().label("current_time"), meta.c.swept_at, meta.c.swept_by,
             age(meta.c.swept_at).label("sweep_age_seconds"),
@@ -218,8 +217,8 @@ def _of(batch_id: uuid.UUID, status: str | None) -> list[sa.ColumnElement[bool]]
     is_it = child.c.status == sa.literal_column(repr(str(Status(status))))
     if status in OPEN:
         return [is_it, open_in(batch_id)]
-    if status in _UNHAPPY:
-        named: list[sa.ColumnElement[str]] = [sa.literal_column(repr(str(each))) for each in _UNHAPPY]
+    if status in NOT_COMPLETED:
+        named: list[sa.ColumnElement[str]] = [sa.literal_column(repr(str(each))) for each in NOT_COMPLETED]
         return [child.c.batch_id == batch_id, is_it, child.c.status.in_(named)]
     return [child.c.batch_id == batch_id, is_it]
 

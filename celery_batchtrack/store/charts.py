@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from celery_batchtrack.vocabulary.durations import nearest_rank
-from celery_batchtrack.vocabulary.states import Kind, Status
+from celery_batchtrack.vocabulary.states import SETTLED, Kind
 
 from .clock import age, first_item, later
 from .engine import Connected
@@ -28,7 +28,6 @@ EXACT = 5_000
 SAMPLE = 1_000
 #: Incidents that are grouped at a time.
 GROUPED = 10_000
-_STATES = (Status.COMPLETED, Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ class Charting(Connected):
         else:
             wanted = [
                 child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
-                child.c.status.in_([each.value for each in _STATES]),
+                child.c.status.in_([each.value for each in SETTLED]),
             ]  # fmt: skip
         query = sa.select(index.label("bin"), status, count.label("n")).where(*wanted).group_by("bin", status)
         with self.read() as connection:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from celery_batchtrack.vocabulary.states import BATCH_ENDED, BatchStatus, Kind, Status
+from celery_batchtrack.vocabulary.states import BATCH_ALIVE, SETTLED, BatchStatus, Kind, Status
 
 from .clock import age
 from .engine import Connected
 from .schema import batch, child, meta, open_in, tally
 
-_ALIVE = [each.value for each in BatchStatus if each not in BATCH_ENDED]
-_DONE = (Status.COMPLETED, Status.FAILED, Status.CRASHED, Status.CANCELLED)
+_ALIVE = [each.value for each in BATCH_ALIVE]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class Figuring(Connected):
 
     def figures(self) -> Figures:
         """Sums the tallies of batches that are open or running, and counts what runs."""
-        counts = [sa.func.sum(tally.c[name]) for name in ("total", *_DONE)]
+        counts = [sa.func.sum(tally.c[name]) for name in ("total", *SETTLED)]
         sums = sa.select(*counts).join(batch, batch.c.id == tally.c.batch_id).where(batch.c.status.in_(_ALIVE))
         running = (
             sa.select(sa.func.count())
@@ -53,7 +52,7 @@ class Figuring(Connected):
             paused, oldest = connection.execute(alive).one()
             swept = connection.execute(sa.select(age(meta.c.swept_at))).scalar_one()
         children = {Status.PENDING.value: max(0, total - sum(done) - runs), Status.RUNNING.value: runs}
-        children.update((status.value, count) for status, count in zip(_DONE, done, strict=True))
+        children.update((status.value, count) for status, count in zip(SETTLED, done, strict=True))
         return Figures(children, paused, oldest, swept)
 
     def batch_counts(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, FirstFailure
-from celery_batchtrack.vocabulary.states import BATCH_ALIVE, OPEN, Kind, Status
+from celery_batchtrack.vocabulary.states import BATCH_ALIVE, NOT_COMPLETED, OPEN, Kind
 
 from .callbacks import is_callback
 from .clock import later
@@ -21,7 +21,7 @@ from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
 from .schema import batch, child, incident
 
 #: Outcomes of incidents that ended their child.
-_ENDS = tuple(each.value for each in (Status.FAILED, Status.CRASHED, Status.CANCELLED))
+_ENDS = tuple(each.value for each in NOT_COMPLETED)
 
 
 class Finding(Connected):
@@ -164,7 +164,7 @@ class Finding(Connected):
             .join(incident, sa.and_(incident.c.batch_id == child.c.batch_id, incident.c.position == child.c.position))
             .where(
                 child.c.batch_id == batch_id, child.c.kind == Kind.CHILD.value,
-                child.c.status.in_([Status.FAILED.value, Status.CRASHED.value, Status.CANCELLED.value]),
+                child.c.status.in_(_ENDS),
                 incident.c.outcome.not_in(["retried", "redispatched"]),
             )
             .order_by(child.c.finished_at, child.c.position, incident.c.detected_at.desc())

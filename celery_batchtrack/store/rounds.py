@@ -14,6 +14,7 @@ from celery_batchtrack.vocabulary.states import (
     BATCH_ALIVE,
     BATCH_ENDED,
     CANCEL,
+    NOT_COMPLETED,
     REOPEN,
     RETRY,
     RETRY_BATCH,
@@ -92,7 +93,7 @@ class Rounds(BatchWrites):
         batches.append(row.id)
         if not row.ended or row.sealed_at is None:
             return  # it was not reached by what ended who waited for it; or nobody knows all that belongs to it
-        retried = self._retry_children(connection, row, _NOT_COMPLETED, queue, rewrite)
+        retried = self._retry_children(connection, row, NOT_COMPLETED, queue, rewrite)
         if retried is not None:
             batches += retried.batches[1:]
         elif row.status == BatchStatus.CANCELLED:  # at the last moment: it has only to end anew
@@ -111,7 +112,7 @@ class Rounds(BatchWrites):
             child.c.batch_id == row.id, child.c.kind == Kind.ON_SUCCESS.value, child.c.round == row.round,
             child.c.signature.is_not(None),
         )  # fmt: skip
-        for each in self._found(connection, body, _NOT_COMPLETED):
+        for each in self._found(connection, body, NOT_COMPLETED):
             self._take_along(connection, each, queue, rewrite, batches)
         connection.execute(change(RETRY, body, **_afresh()))
 
@@ -249,9 +250,6 @@ class Rounds(BatchWrites):
             if found:
                 connection.execute(sa.update(batch).where(batch.c.id == row.id).values(round_at=now()))
             return Retried(row.id, row.round, len(found), (row.id, *batches))
-
-
-_NOT_COMPLETED = (Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
 
 def _afresh() -> dict[str, Any]:

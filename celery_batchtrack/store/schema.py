@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.elements import Grouping
 
-from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, OPEN, BatchStatus, Kind, Status, Verdict
+from celery_batchtrack.vocabulary.states import CALLBACK_KINDS, NOT_COMPLETED, OPEN, BatchStatus, Kind, Status, Verdict
 
 from .clock import Identifier, Moment, age, bare, first_item, now
 
@@ -228,7 +228,7 @@ child = sa.Table(
 
 
 #: In the words of the index.
-NOT_COMPLETED = batch.c.status != sa.literal_column("'completed'")
+BATCH_NOT_COMPLETED = batch.c.status != sa.literal_column("'completed'")
 sa.Index("batchtrack_batch_not_completed", batch.c.created_at, **_where("status <> 'completed'"))
 
 # -- children of a batch that are in some state ----------------------------------------------------
@@ -291,7 +291,7 @@ sa.Index(
 )
 sa.Index(
     "batchtrack_child_unhappy", child.c.batch_id, child.c.status, child.c.position,
-    **_when("status", [Status.FAILED, Status.CRASHED, Status.CANCELLED]),
+    **_when("status", NOT_COMPLETED),
 )  # fmt: skip
 sa.Index(
     "batchtrack_child_item", _FIRST_ITEM, postgresql_using="hash", postgresql_where=ONE_ITEM, sqlite_where=ONE_ITEM

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from celery_batchtrack.vocabulary.states import BatchStatus, BatchTransition, Kind, Status, Transition
+from celery_batchtrack.vocabulary.states import SETTLED, BatchStatus, BatchTransition, Kind, Status, Transition
 
 from . import outcomes
 from .clock import now
@@ -21,7 +21,6 @@ MOVED = (
     RAN.label("seconds"),
 )  # fmt: skip
 
-_COUNTED = (Status.COMPLETED, Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
 
 def change(transition: Transition, *guards: sa.ColumnElement[bool], **values: Any) -> sa.Update:
@@ -60,11 +59,11 @@ def change_batch(
 def counted(source: Status | None, target: Status, items: Any, weight: Any, count: Any = 1) -> dict[str, Any]:
     """Tally columns that change when a child goes from `source` to `target` (open states count nowhere)."""
     values: dict[str, Any] = {}
-    done = (target in _COUNTED) - (source in _COUNTED)
+    done = (target in SETTLED) - (source in SETTLED)
     if done:
         values["weight_done"] = tally.c.weight_done + done * weight
     for state, sign in ((source, -1), (target, 1)):
-        if state in _COUNTED:
+        if state in SETTLED:
             values[state.value] = tally.c[state.value] + sign * count
             values[f"items_{state.value}"] = tally.c[f"items_{state.value}"] + sign * items
     return values
@@ -98,7 +97,7 @@ def move(
             .returning(OPEN_IN_SHARD)
         ).scalar_one()
         emptied |= left == 0
-    if target in _COUNTED:
+    if target in SETTLED:
         outcomes.count(connection, batch_id, rows, target)
     return emptied
 
@@ -128,18 +127,18 @@ def regroup(connection: sa.Connection, batch_id: Any, removed: Iterable[Share], 
             .where(tally.c.batch_id == batch_id, tally.c.shard == shard)
             .values({name: tally.c[name] + value for name, value in sums[shard].items()})
         )
-    for status in _COUNTED:
+    for status in SETTLED:
         ended = [share for share in added if share.status is status]
         rows = [(each.shard, Kind.CHILD, each.items, each.weight, each.task, each.seconds) for each in ended]
         outcomes.count(connection, batch_id, rows, status)
 
 
 def _add_share(sums: dict[str, int], share: Share, sign: int) -> None:
-    for name in ("total", *((share.status.value,) if share.status in _COUNTED else ())):
+    for name in ("total", *((share.status.value,) if share.status in SETTLED else ())):
         sums[name] += sign
         sums[f"items_{name}"] += sign * share.items
     sums["weight_total"] += sign * share.weight
-    if share.status in _COUNTED:
+    if share.status in SETTLED:
         sums["weight_done"] += sign * share.weight
 
 

@@ -13,6 +13,7 @@ from celery_batchtrack.vocabulary.states import (
     BATCH_ENDED,
     CALLBACK_KINDS,
     OPEN,
+    SETTLED,
     BatchStatus,
     Kind,
     Status,
@@ -25,7 +26,6 @@ from .schema import batch, child, incident, meta, outcome, tally, worker
 _OPEN = [each.value for each in OPEN]
 _ENDED = [each.value for each in BATCH_ENDED]
 _CHILD = child.c.kind == Kind.CHILD.value
-_COUNTED = (Status.COMPLETED, Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
 #: Checks of what must become true again within detection time; all others must always hold.
 LIVENESS = (
@@ -60,12 +60,12 @@ def tally_equals_rows(grace: float) -> sa.Select[Any]:
     counts.append(
         sa.func.sum(sa.case((child.c.status != Status.SPLIT.value, child.c.item_count), else_=0)).label("items_total")
     )
-    for status in _COUNTED:
+    for status in SETTLED:
         is_it = child.c.status == status.value
         counts.append(sa.func.sum(sa.case((is_it, 1), else_=0)).label(status.value))
         counts.append(sa.func.sum(sa.case((is_it, child.c.item_count), else_=0)).label(f"items_{status.value}"))
     weight = sa.func.sum(sa.case((child.c.status != Status.SPLIT.value, child.c.weight), else_=0))
-    done = sa.func.sum(sa.case((child.c.status.in_([each.value for each in _COUNTED]), child.c.weight), else_=0))
+    done = sa.func.sum(sa.case((child.c.status.in_([each.value for each in SETTLED]), child.c.weight), else_=0))
     counts += [weight.label("weight_total"), done.label("weight_done")]
     rows = (
         sa.select(child.c.batch_id, child.c.shard, *counts)
@@ -83,7 +83,7 @@ def tally_equals_rows(grace: float) -> sa.Select[Any]:
 def what_ended_is_counted(grace: float) -> sa.Select[Any]:
     """As many ends as there are settled children were counted, or more, where some ended more than once. Batches that
     were there before ends were counted, or within a day of that, are not judged: older workers count nothing."""
-    ended = [each.value for each in _COUNTED]
+    ended = [each.value for each in SETTLED]
     count = tally.c.completed + tally.c.failed + tally.c.crashed + tally.c.cancelled
     settled = (
         sa.select(tally.c.batch_id, sa.func.sum(count).label("n"))

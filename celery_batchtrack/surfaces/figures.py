@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from celery_batchtrack.store.outcomes import DIED
 from celery_batchtrack.vocabulary.durations import BOUNDS, NEVER_RAN
-from celery_batchtrack.vocabulary.states import BatchStatus, Status
+from celery_batchtrack.vocabulary.states import OPEN, SETTLED, BatchStatus
 
 if TYPE_CHECKING:
     from celery_batchtrack.store import Store
 
 PREFIX = "celery_batchtrack_"
 
-_DONE = tuple(each.value for each in (Status.COMPLETED, Status.FAILED, Status.CRASHED, Status.CANCELLED))
-_STATES = (Status.PENDING.value, Status.RUNNING.value, *_DONE)
+_DONE = tuple(each.value for each in SETTLED)
+_STATES = (*(each.value for each in OPEN), *_DONE)
 _WORKER_STATES = ("alive", "suspected", "lost", "stopped")
 #: Told as 0 where nobody died of them, so that the first death is an increase.
 _DEADLY = (

@@ -10,13 +10,11 @@ import click
 from celery_batchtrack.surfaces import pages, views
 from celery_batchtrack.surfaces.console import acting, put_json, put_lines, say, screen_of
 from celery_batchtrack.surfaces.group import DURATION, as_json, command
-from celery_batchtrack.vocabulary.states import Status
+from celery_batchtrack.vocabulary.states import NOT_COMPLETED
 
 if TYPE_CHECKING:
     from celery_batchtrack.glue.extension import BatchTrack
 
-#: What may be retried, as `rounds.NOT_COMPLETED`, which is imported late.
-_NOT_COMPLETED = (Status.FAILED, Status.CRASHED, Status.CANCELLED)
 #: Seconds between two looks of `drain`.
 _LOOK_EVERY = 1.0
 
@@ -24,7 +22,7 @@ _LOOK_EVERY = 1.0
 @command("retry")
 @click.argument("id")
 @click.option(
-    "--only", multiple=True, type=click.Choice([str(each) for each in _NOT_COMPLETED]),
+    "--only", multiple=True, type=click.Choice([str(each) for each in NOT_COMPLETED]),
     help="Only children that ended so; may be given twice.",
 )  # fmt: skip
 @click.option("--queue", help="Send them to this queue instead of their own.")

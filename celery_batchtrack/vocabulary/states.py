@@ -22,7 +22,9 @@ class Status(StrEnum):
 
 
 OPEN = (Status.PENDING, Status.RUNNING)
-SETTLED = (Status.COMPLETED, Status.FAILED, Status.CRASHED, Status.CANCELLED)
+#: Ends other than a good one: what `retry()` takes.
+NOT_COMPLETED = (Status.FAILED, Status.CRASHED, Status.CANCELLED)
+SETTLED = (Status.COMPLETED, *NOT_COMPLETED)
 
 
 class BatchStatus(StrEnum):

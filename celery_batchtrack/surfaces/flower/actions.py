@@ -14,13 +14,12 @@ from celery_batchtrack.glue.batch import Batch
 from celery_batchtrack.glue.extension import BatchTrack
 from celery_batchtrack.surfaces import views
 from celery_batchtrack.surfaces.render import clean, number
-from celery_batchtrack.vocabulary.states import Status
+from celery_batchtrack.vocabulary.states import NOT_COMPLETED
 
 logger = logging.getLogger("celery_batchtrack")
 
 #: What may be said of an action on a batch.
 OPTIONS = ("only", "queue", "callbacks", "terminate")
-_RETRIED = (Status.FAILED, Status.CRASHED, Status.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ def retry(extension: BatchTrack, batch_id: uuid.UUID, options: Mapping[str, str]
     """Run what did not complete again. Options: `only` (comma-separated), `queue`, `callbacks` (1)."""
     batch = Batch._handle(extension, batch_id)
     only = tuple(each for each in options.get("only", "").split(",") if each)
-    if set(only) - {str(each) for each in _RETRIED}:
+    if set(only) - {str(each) for each in NOT_COMPLETED}:
         raise errors.InvalidOption(f"only is some of failed, crashed, cancelled, not {options['only'][:80]!r}")
     callbacks, queue = options.get("callbacks") == "1", options.get("queue") or None
     if callbacks and (only or queue):
