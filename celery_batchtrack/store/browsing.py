@@ -22,7 +22,19 @@ from celery_batchtrack.vocabulary.states import BATCH_ALIVE, NOT_COMPLETED, OPEN
 from .clock import age, first_item, now
 from .finding import Finding
 from .rows import CHILD_COLUMNS, child_row
-from .schema import BATCH_NOT_COMPLETED, HAS_ENDED, ONE_ITEM, batch, child, incident, meta, open_in, tally, worker
+from .schema import (
+    BATCH_NOT_COMPLETED,
+    HAS_ENDED,
+    ONE_ITEM,
+    batch,
+    child,
+    in_state,
+    incident,
+    meta,
+    open_in,
+    tally,
+    worker,
+)
 
 #: Children that are read through for what no index knows.
 SEARCHED = 50_000
@@ -214,13 +226,11 @@ def _of(batch_id: uuid.UUID, status: str | None) -> list[sa.ColumnElement[bool]]
     """Children of a batch, in some state: in the words of the index that knows it, and of no other."""
     if status is None:
         return [child.c.batch_id == batch_id]
-    is_it = child.c.status == sa.literal_column(repr(str(Status(status))))
-    if status in OPEN:
-        return [is_it, open_in(batch_id)]
-    if status in NOT_COMPLETED:
-        named: list[sa.ColumnElement[str]] = [sa.literal_column(repr(str(each))) for each in NOT_COMPLETED]
-        return [child.c.batch_id == batch_id, is_it, child.c.status.in_(named)]
-    return [child.c.batch_id == batch_id, is_it]
+    state = Status(status)
+    if state in OPEN:
+        return [open_in(batch_id, state)]
+    known = [in_state(*NOT_COMPLETED)] if state in NOT_COMPLETED else []
+    return [child.c.batch_id == batch_id, in_state(state), *known]
 
 
 def _newest_with(connection: sa.Connection, children: int) -> tuple[list[uuid.UUID], bool]:

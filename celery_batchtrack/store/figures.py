@@ -38,11 +38,9 @@ class Figuring(Connected):
         sums = sa.select(*counts).join(batch, batch.c.id == tally.c.batch_id).where(batch.c.status.in_(_ALIVE))
         running = (
             sa.select(sa.func.count())
-            .select_from(batch.join(child, open_in(batch.c.id)))
-            .where(
-                batch.c.status.in_(_ALIVE), child.c.status == Status.RUNNING.value, child.c.kind == Kind.CHILD.value
-            )
-        )  # fmt: skip
+            .select_from(batch.join(child, open_in(batch.c.id, Status.RUNNING)))
+            .where(batch.c.status.in_(_ALIVE), child.c.kind == Kind.CHILD.value)
+        )
         alive = sa.select(
             sa.func.count(batch.c.paused_at), age(sa.func.min(sa.func.coalesce(batch.c.started_at, batch.c.created_at)))
         ).where(batch.c.status.in_(_ALIVE))

@@ -58,12 +58,9 @@ class Queries(Connected):
             return []
         running = (
             sa.select(sa.func.count())
-            .where(
-                child.c.status == Status.RUNNING.value, open_in(batch.c.id),  # SQLite takes the first that fits
-                child.c.kind == Kind.CHILD.value,
-            )
+            .where(open_in(batch.c.id, Status.RUNNING), child.c.kind == Kind.CHILD.value)
             .scalar_subquery()
-        )  # fmt: skip
+        )
         tree = tree_of(ids)
         own = tally.c.batch_id == tree.c.root
         sums = (

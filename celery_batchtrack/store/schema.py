@@ -248,28 +248,29 @@ class _OfBatch:
         where = sa.and_(*states)
         sa.Index(name, self._batch, *then, postgresql_where=where, sqlite_where=where)
 
-    def __call__(self, batch_id: Any) -> sa.ColumnElement[bool]:
-        """Of children of this batch (an id, or a column) in that state."""
+    def __call__(self, batch_id: Any, *only: Status) -> sa.ColumnElement[bool]:
+        """Of children of this batch (an id, or a column) in that state; `only` in these of its states. They come first:
+        of two conditions on a column SQLite looks up the first."""
         value = bare(batch_id) if isinstance(batch_id, sa.Column) else batch_id
-        return sa.and_(self._batch == value, *self._states)
+        return sa.and_(*((in_state(*only),) if only else ()), self._batch == value, *self._states)
 
 
-def _is(*states: Any) -> sa.ColumnElement[bool]:
+def in_state(*states: Any) -> sa.ColumnElement[bool]:
     """Spelt out: SQLite looks for the very words of an index in a query."""
     names: list[sa.ColumnElement[str]] = [sa.literal_column(repr(str(each))) for each in states]
     return child.c.status == names[0] if len(names) == 1 else child.c.status.in_(names)
 
 
 #: Pending or running.
-open_in = _OfBatch("batchtrack_child_open", _is(*OPEN), then=(child.c.status, child.c.position))
+open_in = _OfBatch("batchtrack_child_open", in_state(*OPEN), then=(child.c.status, child.c.position))
 #: Never sent for its attempt; also one that waits for a batch.
 undispatched_in = _OfBatch(
-    "batchtrack_child_undispatched", _is(Status.PENDING), child.c.dispatched_at.is_(None),
+    "batchtrack_child_undispatched", in_state(Status.PENDING), child.c.dispatched_at.is_(None),
     then=(child.c.kind, child.c.position),
 )  # fmt: skip
 #: Takes a place in its batch's window before it runs: it was sent, or waits for the batch that it became.
 on_its_way_in = _OfBatch(
-    "batchtrack_child_on_its_way", _is(Status.PENDING),
+    "batchtrack_child_on_its_way", in_state(Status.PENDING),
     sa.or_(child.c.dispatched_at.is_not(None), child.c.waits_on_batch.is_not(None)),
 )  # fmt: skip
 

@@ -83,7 +83,7 @@ def _in_flight(batch_id: Any) -> sa.ColumnElement[int]:
     # A child that was made to wait for a batch, by `parent_batch=`, was never sent.
     was_sent = sa.or_(child.c.dispatched_at.is_not(None), child.c.dispatches > 0)
     sent = _count(on_its_way_in(batch_id), was_sent, _IS_CHILD)
-    running = _count(_RUNNING, open_in(batch_id))
+    running = _count(open_in(batch_id, Status.RUNNING), _IS_CHILD)
     return sent + running
 
 
