@@ -17,6 +17,7 @@ from celery.local import Proxy
 from celery_batchtrack import errors
 from celery_batchtrack.vocabulary.crash_policy import CrashPolicy, RowPolicy
 from celery_batchtrack.vocabulary.ids import name_of_index
+from celery_batchtrack.vocabulary.records import storable
 from celery_batchtrack.vocabulary.settings import seconds, suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -399,7 +400,7 @@ def identifier(item: Any, how: Any, at: int) -> str:
     value = _identify(item, how)
     text = name_of_index(at) if value is None else str(value)
     if "\0" in text or not text.isascii():
-        text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+        text = storable(text)
     return text[:_LONGEST_IDENTIFIER]
 
 

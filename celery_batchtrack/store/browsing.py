@@ -16,11 +16,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
+from celery_batchtrack.vocabulary.ids import SHORTEST_ID, digits_of
 from celery_batchtrack.vocabulary.records import ChildRow
 from celery_batchtrack.vocabulary.states import BATCH_ALIVE, NOT_COMPLETED, OPEN, BatchStatus, EndReason, Kind, Status
 
 from .clock import age, first_item, now
 from .finding import Finding
+from .incidents import stands
 from .rows import CHILD_COLUMNS, child_row
 from .schema import (
     BATCH_NOT_COMPLETED,
@@ -104,8 +106,8 @@ class Browsing(Finding):
 
     def _known_by(self, text: str) -> list[sa.ColumnElement[bool]]:
         known = [batch.c.name.icontains(text, autoescape=True), self._has_tag(text)]
-        digits = text.lower().replace("-", "")
-        if 4 <= len(digits) <= 32 and not set(digits) - set("0123456789abcdef"):
+        digits = digits_of(text)
+        if len(digits) >= SHORTEST_ID:
             first, last = (uuid.UUID(digits.ljust(32, fill)) for fill in "0f")
             known.append(batch.c.id.between(first, last))
         return known
@@ -195,8 +197,7 @@ class Browsing(Finding):
         query = (
             sa.select(*(incident.c[name] for name in names))
             .where(
-                incident.c.batch_id == batch_id, incident.c.position.in_(list(positions)),
-                incident.c.overturned_at.is_(None), incident.c.outcome.not_in(["late_write", "redispatched"]),
+                incident.c.batch_id == batch_id, incident.c.position.in_(list(positions)), stands()
             )
             .order_by(incident.c.detected_at, incident.c.id)
         )  # fmt: skip

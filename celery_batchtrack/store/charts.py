@@ -20,6 +20,7 @@ from celery_batchtrack.vocabulary.states import SETTLED, Kind
 
 from .clock import age, first_item, later
 from .engine import Connected
+from .incidents import is_death, stands
 from .outcomes import DIED
 from .schema import RAN, SETTLED_CHILD, batch, child, incident, outcome
 
@@ -111,9 +112,7 @@ class Charting(Connected):
     def deaths_of(self, batch_id: uuid.UUID, limit: int = 500) -> list[datetime]:
         """When runs of a batch died."""
         query = sa.select(sa.func.coalesce(incident.c.died_at, incident.c.detected_at, type_=incident.c.died_at.type))
-        query = query.where(
-            incident.c.batch_id == batch_id, incident.c.detected_by.is_not(None), incident.c.overturned_at.is_(None)
-        )
+        query = query.where(incident.c.batch_id == batch_id, is_death())
         with self.read() as connection:
             return list(connection.execute(query.limit(limit)).scalars())
 
@@ -220,11 +219,8 @@ def _failures(
     query = (
         sa.select(*(incident.c[name] for name in names), item, child.c.task)
         .join(child, sa.and_(child.c.batch_id == incident.c.batch_id, child.c.position == incident.c.position))
-        .where(
-            incident.c.overturned_at.is_(None), incident.c.outcome.not_in(["late_write", "redispatched"]),
-            incident.c.fingerprint.is_not(None),
-        )
-    )  # fmt: skip
+        .where(stands(), incident.c.fingerprint.is_not(None))
+    )
     if batch_id is not None:
         query = query.where(incident.c.batch_id == batch_id)
     elif newest_first:

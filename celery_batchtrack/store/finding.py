@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from celery_batchtrack import errors
+from celery_batchtrack.vocabulary.ids import digits_of
 from celery_batchtrack.vocabulary.records import BatchRow, ChildRow, FirstFailure
 from celery_batchtrack.vocabulary.states import BATCH_ALIVE, NOT_COMPLETED, OPEN, Kind
 
@@ -29,8 +30,8 @@ class Finding(Connected):
 
     def resolve(self, prefix: str) -> uuid.UUID:
         """The batch whose id is, or starts with, `prefix` (hyphens may be left out). Raises BatchNotFound."""
-        digits = prefix.lower().replace("-", "")
-        if not 0 < len(digits) <= 32 or set(digits) - set("0123456789abcdef"):
+        digits = digits_of(prefix)
+        if not digits:
             return self._not_found(prefix)
         parts = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
         start = "-".join(part for part in parts if part)

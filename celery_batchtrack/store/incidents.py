@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from celery_batchtrack.vocabulary.evidence import Evidence, fingerprint
 from celery_batchtrack.vocabulary.ids import ChildKey, uuid7
-from celery_batchtrack.vocabulary.records import ChildRow
+from celery_batchtrack.vocabulary.records import ChildRow, storable
 from celery_batchtrack.vocabulary.states import Verdict
 
 from .clock import later, now
@@ -22,8 +22,18 @@ from .schema import child, incident
 TOLD = (child.c.attempt, child.c.task, child.c.queue)
 
 
-#: What is noted beside the end of an attempt.
-_NO_DEATH = ("late_write", "redispatched")
+#: Outcomes of what is noted beside the end of an attempt.
+BESIDE = ("late_write", "redispatched")
+
+
+def stands() -> sa.ColumnElement[bool]:
+    """It tells how an attempt ended, and was not overturned."""
+    return sa.and_(incident.c.overturned_at.is_(None), incident.c.outcome.not_in(BESIDE))
+
+
+def is_death() -> sa.ColumnElement[bool]:
+    """Somebody noticed it (a failure reports itself), and it was not overturned."""
+    return sa.and_(incident.c.detected_by.is_not(None), incident.c.overturned_at.is_(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +60,7 @@ def record(
     connection: sa.Connection, attempt: Attempt, outcome: str, evidence: Evidence, verdict: Verdict | None = None
 ) -> None:
     """Insert the incident of one attempt, and count it if somebody died. Comes before the tally is touched."""
-    if evidence.detected_by is not None and outcome not in _NO_DEATH:
+    if evidence.detected_by is not None and outcome not in BESIDE:
         count_death(connection, attempt.key.batch_id, attempt.task, evidence.signal or evidence.cause.value)
     connection.execute(
         sa.insert(incident).values(
@@ -85,8 +95,8 @@ def _text(value: str | None, limit: int = 20_000) -> str | None:
     """Bounded, and without what a database refuses in text: NUL characters, lone surrogates."""
     if value is None:
         return None
-    value = value.replace("\0", "\\0").encode(errors="backslashreplace").decode()
+    value = storable(value)
     return value if len(value) <= limit else value[: limit // 2] + "\n… cut …\n" + value[-limit // 2 :]
 
 
-__all__ = ["TOLD", "Attempt", "record", "short"]
+__all__ = ["BESIDE", "TOLD", "Attempt", "is_death", "record", "short", "stands"]

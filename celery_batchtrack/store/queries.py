@@ -18,6 +18,7 @@ from celery_batchtrack.vocabulary.states import Kind, Status
 from .callbacks import is_callback
 from .clock import age, later, now
 from .engine import Connected
+from .incidents import is_death
 from .rows import BATCH_COLUMNS, CHILD_COLUMNS, batch_row, child_row
 from .schema import batch, child, incident, open_in, tally
 from .trees import tree_of
@@ -171,7 +172,7 @@ class Queries(Connected):
         if outcomes:
             query = query.where(incident.c.outcome.in_(list(outcomes)))
         if crashes_only:
-            query = query.where(_is_death())
+            query = query.where(is_death())
         if since is not None:
             query = query.where(incident.c.detected_at >= later(-since))
         query = query.order_by(incident.c.detected_at.desc() if limit else incident.c.detected_at, incident.c.id)
@@ -290,11 +291,6 @@ def _progress(row: Any) -> Progress:
     )  # fmt: skip
 
 
-def _is_death() -> sa.ColumnElement[bool]:
-    """Somebody noticed it (a failure reports itself), and it was not overturned."""
-    return sa.and_(incident.c.detected_by.is_not(None), incident.c.overturned_at.is_(None))
-
-
 def _deaths_by(
     by: str, batch_id: uuid.UUID | None, since: float | None, first: datetime | None
 ) -> sa.Select[Any]:
@@ -313,7 +309,7 @@ def _deaths_by(
             sa.func.row_number().over(partition_by=(key, *apart), order_by=newest_first).label("nth"),
         )
         .join(child, sa.and_(child.c.batch_id == incident.c.batch_id, child.c.position == incident.c.position))
-        .where(_is_death(), key.is_not(None))
+        .where(is_death(), key.is_not(None))
     )  # fmt: skip
     if batch_id is not None:
         query = query.where(incident.c.batch_id == batch_id)

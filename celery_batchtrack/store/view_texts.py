@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from celery_batchtrack.vocabulary.durations import BOUNDS
 
+from .incidents import BESIDE
 from .schema import NOBODY
 
 
@@ -138,7 +139,7 @@ def _incidents(words: Words, *, deaths: bool) -> str:
         else ",\n  i.exception, i.traceback, (i.detected_by IS NOT NULL) AS is_crash"
     )  # fmt: skip
     where = (
-        "i.outcome NOT IN ('late_write', 'redispatched') AND i.overturned_at IS NULL"
+        f"i.outcome NOT IN {BESIDE} AND i.overturned_at IS NULL"
         + (" AND i.detected_by IS NOT NULL" if deaths else "")
     )
     return f"""\

@@ -25,7 +25,8 @@ from .view_texts import View, Words
 
 #: The role that `migrate` lets read the views, where there is one of this name.
 READER = "batchtrack_reader"
-#: Seconds that a dead worker's rows may stay as they are for `invariant`: by the default settings.
+#: Seconds that a dead worker's rows may stay as they are for `invariant`. A view knows no settings; `verify` reckons
+#: with those of the application, which is 160 by default.
 GRACE = 130.0
 
 _INCIDENT = (

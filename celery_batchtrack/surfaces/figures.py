@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -113,9 +113,9 @@ def _now(store: Store) -> Iterator[Family]:
     yield OLDEST, {(): figures.oldest_age or 0.0}
     yield SWEEP, {(): float("inf") if figures.sweep_age is None else figures.sweep_age}
     yield BATCHES, _by(tuple(each.value for each in BatchStatus), store.batch_counts())
-    yield STUCK, _by(_STUCK, _count(row["reason"] for row in store.view("stuck_batch")))
+    yield STUCK, _by(_STUCK, Counter(row["reason"] for row in store.view("stuck_batch")))
     workers = store.view("worker_liveness", {"kind": "worker"}, since=("beat_at", _GONE_FOR))
-    yield WORKERS, _by(_WORKER_STATES, _count(row["state"] for row in workers))
+    yield WORKERS, _by(_WORKER_STATES, Counter(row["state"] for row in workers))
 
 
 def _outcomes(totals: Iterable[Any]) -> Iterator[Family]:
@@ -154,13 +154,6 @@ def _durations(ends: Iterable[Any], names: Iterable[str]) -> Values:
 
 def _by(known: tuple[str, ...], found: Mapping[str, int]) -> Values:
     return {(each,): found.get(each, 0) for each in (*known, *(set(found) - set(known)))}
-
-
-def _count(values: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = defaultdict(int)
-    for each in values:
-        counts[each] += 1
-    return counts
 
 
 __all__ = [

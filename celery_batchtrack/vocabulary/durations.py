@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ def nearest_rank(ordered: Sequence[float], share: float) -> float | None:
     """The value that `share` (0 to 1) of the ordered values do not exceed; None of none."""
     if not ordered:
         return None
-    return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
 
 
 __all__ = ["BOUNDS", "NEVER_RAN", "bucket", "nearest_rank"]

@@ -12,6 +12,8 @@ from typing import Any
 
 #: Name of the message header that carries a `Ticket`.
 HEADER = "batchtrack"
+#: Digits of an id that a search takes for its beginning: fewer may be any word.
+SHORTEST_ID = 4
 
 
 def uuid7() -> uuid.UUID:
@@ -25,6 +27,12 @@ def uuid7() -> uuid.UUID:
     value |= 0x7 << 76 | (random >> 68 & 0xFFF) << 64
     value |= 0b10 << 62 | random & (1 << 62) - 1
     return uuid.UUID(int=value)
+
+
+def digits_of(text: str) -> str:
+    """The hexadecimal digits of an id, or of its beginning, with or without hyphens; none if it is no such thing."""
+    digits = text.lower().replace("-", "")
+    return digits if len(digits) <= 32 and not set(digits) - set("0123456789abcdef") else ""
 
 
 def new_token() -> uuid.UUID:

@@ -431,6 +431,11 @@ class Violation:
     examples: Sequence[str] = field(default=())
 
 
+def storable(text: str) -> str:
+    """Text as every database takes it: without NUL characters and lone surrogates, which are spelt out."""
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
+
+
 def isoformat(moment: datetime | None) -> str | None:
     """ISO 8601 in UTC with a trailing Z, microseconds always there; None stays None."""
     if moment is None:

@@ -129,9 +129,8 @@ def stores(facts: Facts) -> Iterator[Finding]:
 
 def waiting(facts: Facts) -> Iterator[Finding]:
     """What was sent to a queue that nobody consumes. A worker that does not tell of its queues may be who does."""
-    replies, names = facts.replies or (), _registered(facts)
-    telling = {each.name for each in replies if each.told.get("queues")}
-    all_told = len(telling) == len(replies) and names <= telling
+    telling = _telling(facts)
+    all_told = len(telling) == len(facts.replies or ()) and _registered(facts) <= telling
     level, who = (fail, "no worker consumes") if all_told else (warn, "no worker that tells of its queues consumes")
     for queue, number in sorted(_unconsumed(facts).items()):
         what = "1 child waits" if number == 1 else f"{number} children wait"
@@ -144,7 +143,7 @@ def waiting(facts: Facts) -> Iterator[Finding]:
 def queues(facts: Facts) -> Iterator[Finding]:
     """Queues in which messages would wait for ever. Only those who answer are known to listen."""
     consumed, already = _consumed(facts), _unconsumed(facts)
-    if not consumed or _registered(facts) - {each.name for each in facts.replies or () if each.told.get("queues")}:
+    if not consumed or _registered(facts) - _telling(facts):
         return
     by_queue: dict[str, list[str]] = {}
     for task in facts.tasks:
@@ -167,6 +166,11 @@ def queues(facts: Facts) -> Iterator[Finding]:
 
 def _registered(facts: Facts) -> set[str]:
     return {row.name for row in (facts.tables.workers if facts.tables else ()) if row.kind == "worker"}
+
+
+def _telling(facts: Facts) -> set[str]:
+    """Workers that say what they consume."""
+    return {each.name for each in facts.replies or () if each.told.get("queues")}
 
 
 def _consumed(facts: Facts) -> set[str]:

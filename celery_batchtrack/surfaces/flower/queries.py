@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from celery_batchtrack.store.view_texts import Words
 from celery_batchtrack.surfaces.flower.show import quoted
 from celery_batchtrack.surfaces.reading import WINDOWS
+from celery_batchtrack.vocabulary.ids import SHORTEST_ID, digits_of
 
 _WEEK, _DAY = int(WINDOWS["7d"]), int(WINDOWS["24h"])
 #: In the words of `batchtrack_batch_progress`.
@@ -22,7 +23,6 @@ _CHIPS = {
     "failed": "(failed > 0 OR status = 'failed')",
     "completed": "status = 'completed'",
 }
-_HEX = frozenset("0123456789abcdef")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +117,8 @@ def _known_by(search: str) -> str:
     plain = search.replace("!", "!!").replace("%", "!%").replace("_", "!_")
     escape = " ESCAPE '!'" if plain != search else ""
     by_name = f"lower(name) LIKE lower({quoted(f'%{plain}%')}){escape}"
-    digits = search.lower().replace("-", "")
-    if not 4 <= len(digits) <= 32 or set(digits) - _HEX:
+    digits = digits_of(search)
+    if len(digits) < SHORTEST_ID:
         return by_name
     return f"({by_name} OR replace(CAST(batch_id AS text), '-', '') LIKE {quoted(digits + '%')})"
 

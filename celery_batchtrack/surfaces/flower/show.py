@@ -8,19 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from celery_batchtrack.surfaces import render
 from celery_batchtrack.surfaces.crash_pages import why_no_stack
 from celery_batchtrack.surfaces.flower import svg
 from celery_batchtrack.surfaces.pages import how_it_died, seconds_between
-from celery_batchtrack.surfaces.render import clean, harmless, size
+from celery_batchtrack.surfaces.render import NOTHING, clean, harmless, size
+from celery_batchtrack.surfaces.views import SHORT_ID
+from celery_batchtrack.vocabulary.records import isoformat
 
-NOTHING = "\u2013"
 #: Characters of one value in a table, and of a text before "show all".
 CELL, TEXT = 120, 600
 #: Narrow and unbreakable: a number stays in one piece.
 _THIN = "\u202f"
 
 
-bar, plot, died = svg.bar, svg.plot, how_it_died
+bar, plot, died, iso, no_stack = svg.bar, svg.plot, how_it_died, isoformat, why_no_stack
 
 
 def line(value: object, limit: int = CELL) -> str:
@@ -71,11 +73,9 @@ def duration(seconds: float | None) -> str:
 
 
 def rate(per_second: float | None) -> str:
-    if per_second is None:
-        return NOTHING
-    if per_second < 0.1:
-        return f"{per_second * 60:.1f}/min"
-    return f"{number(round(per_second))}/s" if per_second >= 10 else f"{per_second:.1f}/s"
+    if per_second is not None and per_second >= 10:
+        return f"{number(round(per_second))}/s"
+    return render.rate(per_second)
 
 
 def moment(value: datetime | None) -> str:
@@ -84,10 +84,6 @@ def moment(value: datetime | None) -> str:
 
 def clock(value: datetime) -> str:
     return f"{value:%H:%M:%S}"
-
-
-def iso(value: datetime) -> str:
-    return f"{value:%Y-%m-%dT%H:%M:%S.%fZ}"
 
 
 def between(since: datetime | None, until: datetime | None) -> str:
@@ -99,7 +95,7 @@ def memory(count: int | None) -> str:
 
 
 def short(id: uuid.UUID | str) -> str:
-    return str(id)[:13]
+    return str(id)[:SHORT_ID]
 
 
 #: States that look like another one's.
@@ -178,10 +174,6 @@ def stack_of(incident: Mapping[str, Any]) -> str:
     return block(incident.get("stack") or incident.get("traceback") or "")
 
 
-def no_stack(incident: Mapping[str, Any]) -> str:
-    return why_no_stack(incident)
-
-
 def may_call_again(batch: Mapping[str, Any], callbacks: Sequence[Mapping[str, Any]]) -> bool:
     now = [each for each in callbacks if each["round"] == batch["round"]]
     return not open_batch(batch) and any(each["status"] in ("failed", "crashed", "cancelled") for each in now)
@@ -208,10 +200,9 @@ def may_retry(batch: Mapping[str, Any]) -> bool:
 
 def dossier(each: Mapping[str, Any]) -> list[tuple[str, str]]:
     """All else that is known of an attempt, by label; what is not known is left out."""
-    late = seconds_between(each["died_at"], each["detected_at"]) if each.get("detected_by") else None
-    seen = (f"by {each['detected_by']}" + (f", {duration(late)} after" if late is not None else "")) if is_crash(
-        {"detected_by": each.get("detected_by")}
-    ) else ""
+    noticed_by = each.get("detected_by")
+    late = seconds_between(each["died_at"], each["detected_at"]) if noticed_by else None
+    seen = (f"by {noticed_by}" + (f", {duration(late)} after" if late is not None else "")) if noticed_by else ""
     index, items_done = each.get("item_index"), each.get("items_done")
     found = (
         ("item in hand", line(each["item"], 200) if each.get("item") else ""),
@@ -229,7 +220,7 @@ def dossier(each: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("worker", line(each["worker"]) if each.get("worker") else ""),
         ("pid", str(each["pid"]) if each.get("pid") else ""),
         ("queue", line(each["queue"]) if each.get("queue") else ""),
-        ("died", moment(each["died_at"]) if each.get("died_at") and each.get("detected_by") else ""),
+        ("died", moment(each["died_at"]) if each.get("died_at") and noticed_by else ""),
         ("noticed", seen),
         ("verdict", str(each["verdict"]) if each.get("verdict") else ""),
         ("boot", line(each["boot_id"]) if each.get("boot_id") else ""),

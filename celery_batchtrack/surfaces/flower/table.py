@@ -16,6 +16,7 @@ from tornado.iostream import StreamClosedError
 
 from celery_batchtrack.surfaces import jsonio, reading
 from celery_batchtrack.surfaces.render import harmless
+from celery_batchtrack.surfaces.views import SHORT_ID
 from celery_batchtrack.vocabulary.records import isoformat
 
 #: Rows that are read, and sent, at once.
@@ -91,7 +92,7 @@ async def send_children(handler: Any, batch_id: uuid.UUID, chosen: Mapping[str, 
         if columns is None:
             if not rows:
                 await handler.reading(("progress", batch_id), lambda store: store.progress(batch_id))  # is it there?
-            begin(handler, f"batch-{str(batch_id)[:13]}-children.csv")
+            begin(handler, f"batch-{str(batch_id)[:SHORT_ID]}-children.csv")
             columns = list(rows[0]) if rows else ["batch_id", "position"]
             handler.write(lines((), columns, header=True))
         handler.write(lines(rows, columns, header=False))

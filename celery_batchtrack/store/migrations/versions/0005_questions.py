@@ -63,8 +63,6 @@ def upgrade() -> None:
         "fingerprint IS NOT NULL",
     )  # fmt: skip
     _index("batchtrack_incident_item", "batchtrack_incident", ["item"], "item IS NOT NULL")
-
-
     _index("batchtrack_batch_not_completed", "batchtrack_batch", ["created_at"], "status <> 'completed'")
     _count_what_ended()
     op.add_column("batchtrack_meta", sa.Column("counted_from", Moment()))
