@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from celery_batchtrack import errors
 from celery_batchtrack.surfaces import views
 from celery_batchtrack.vocabulary.ids import ChildKey
+from celery_batchtrack.vocabulary.records import storable
 from celery_batchtrack.vocabulary.states import Status
 
 if TYPE_CHECKING:
@@ -79,14 +80,14 @@ def _moment_and_id(cursor: str | None) -> tuple[datetime, uuid.UUID] | None:
 
 def _asked(text: str | None, limit: int = 1000) -> str | None:
     """Text from outside as a database takes it."""
-    if text is None:
-        return None
-    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()[:limit]
+    return None if text is None else storable(text)[:limit]
 
 
-def _batches(store: Store, ids: Sequence[uuid.UUID], *, whole: bool = False) -> list[Object]:
-    """`whole`: also long descriptions."""
-    stuck = {each["batch_id"]: each["reason"] for each in _stuck(store, ids)}
+def _batches(
+    store: Store, ids: Sequence[uuid.UUID], *, whole: bool = False, stuck_rows: Sequence[Object] | None = None
+) -> list[Object]:
+    """`whole`: also long descriptions. `stuck_rows`: those of the view, if they were read before."""
+    stuck = {each["batch_id"]: each["reason"] for each in (_stuck(store, ids) if stuck_rows is None else stuck_rows)}
     found = list(views.batches(store, ids))
     for each in found:
         each["short_id"] = str(each["batch_id"])[: views.SHORT_ID]
@@ -102,28 +103,28 @@ def _stuck(store: Store, ids: Sequence[uuid.UUID]) -> list[Object]:
 
 def batch_page(store: Store, batch_id: uuid.UUID) -> Object:
     """All of one batch's page but its children. Raises BatchNotFound."""
-    batch = _one(store, batch_id)
+    stuck = _stuck(store, [batch_id])
+    batch = _one(store, batch_id, stuck)
     settled = batch["completed"] + batch["failed"] + batch["crashed"] + batch["cancelled"]
     nested = store.list_batches(parent=batch_id, limit=_NESTED + 1)
-    parent = batch["parent_batch"]
-    found = store.batches([parent]) if parent is not None else {}
+    parent = [batch["parent_batch"]] if batch["parent_batch"] is not None else []
     return {
         "batch": batch,
-        "stuck": next(iter(_stuck(store, [batch_id])), None),
+        "stuck": next(iter(stuck), None),
         "callbacks": [views.callback(each) for each in store.callback_rows(batch_id)],
         "throughput": throughput(store, batch_id, batch),
         "crash_times": sorted(store.deaths_of(batch_id)) if batch["crashed"] or batch["status"] != "completed" else [],
         "durations": asdict(store.durations(batch_id, settled)),
         "slowest": store.view("slowest", {"batch_id": batch_id}, order_by=["rank"], limit=10),
         "signatures": _with_stacks(store, store.signatures(batch_id)),
-        "parent": _batches(store, [parent])[0] if found else None,
+        "parent": next(iter(_batches(store, parent)), None),
         "nested": _batches(store, nested[:_NESTED]),
         "nested_complete": len(nested) <= _NESTED,
     }
 
 
-def _one(store: Store, batch_id: uuid.UUID) -> Object:
-    found = _batches(store, [batch_id], whole=True)
+def _one(store: Store, batch_id: uuid.UUID, stuck_rows: Sequence[Object] | None = None) -> Object:
+    found = _batches(store, [batch_id], whole=True, stuck_rows=stuck_rows)
     if not found:
         raise errors.BatchNotFound(f"no batch {batch_id} in {store.shown_url}")
     return found[0]
@@ -292,8 +293,8 @@ def _is_recent(row: Object, now: datetime, hours: float) -> bool:
 
 
 def health(store: Store, settings: Settings) -> Object:
-    """Database, schema, sweeps, what is stuck. `ok`: the schema fits, a sweep was made lately, nothing is stuck and no
-    worker was lost without a sweep having seen to it."""
+    """Database, schema, sweeps, what is stuck. `ok`: nothing is stuck, and a sweep was made lately, or nothing is
+    open."""
     facts = store.facts()
     stuck = store.view("stuck_batch", order_by=["-stuck_seconds"], limit=100)
     states = [each["state"] for each in store.view("worker_liveness", {"kind": "worker"}, limit=2000)]

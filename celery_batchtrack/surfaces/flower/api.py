@@ -10,8 +10,8 @@ from typing import Any
 from tornado.routing import URLSpec
 from tornado.web import authenticated
 
-from celery_batchtrack import errors
 from celery_batchtrack.store import Store
+from celery_batchtrack.store.views import VIEWS
 from celery_batchtrack.surfaces import reading
 from celery_batchtrack.surfaces.flower import actions, table
 from celery_batchtrack.surfaces.flower.base import ApiHandler, Problem, answering
@@ -79,12 +79,10 @@ class OneChild(ApiHandler):
     @authenticated
     @answering
     async def get(self, text: str, number: str) -> None:
-        if len(number) > 18:
-            raise errors.BatchNotFound(f"no child #{number[:40]}")
-        batch_id, position = await self.batch_id(text), int(number)
+        key = await self.child_key(text, number)
         self.answer(
             await self.reading(
-                ("child json", batch_id, position), lambda store: reading.child_page(store, batch_id, position)
+                ("child json", key), lambda store: reading.child_page(store, key.batch_id, key.position)
             )
         )
 
@@ -130,8 +128,6 @@ class Views(ApiHandler):
     @authenticated
     @answering
     async def get(self) -> None:
-        from celery_batchtrack.store.views import VIEWS
-
         self.answer(
             [
                 {"name": f"batchtrack_{view.name}", "summary": view.summary, "columns": list(view.columns)}
@@ -146,8 +142,6 @@ class OneView(ApiHandler):
     @authenticated
     @answering
     async def get(self, name: str) -> None:
-        from celery_batchtrack.store.views import VIEWS
-
         name = name.removeprefix("batchtrack_")
         if name not in VIEWS:
             raise Problem(404, "", f"no view batchtrack_{name}: there are {', '.join(sorted(VIEWS))}")

@@ -27,6 +27,7 @@ from celery_batchtrack.surfaces import jsonio
 from celery_batchtrack.surfaces.flower import actions, queries, show
 from celery_batchtrack.surfaces.flower.snapshots import Silent, Snapshots
 from celery_batchtrack.surfaces.render import clean
+from celery_batchtrack.vocabulary.ids import ChildKey
 from celery_batchtrack.vocabulary.settings import Settings
 
 T = TypeVar("T")
@@ -145,6 +146,12 @@ class Shared(BaseHandler):  # type: ignore[misc]
         except ValueError:
             raise errors.BatchNotFound(f"no batch {text!r}") from None
 
+    async def child_key(self, text: str, number: str) -> ChildKey:
+        """Of a batch's id, or its beginning, and a position. Raises BatchNotFound."""
+        if len(number) > 18:
+            raise errors.BatchNotFound(f"no child #{number[:40]}")
+        return ChildKey(await self.batch_id(text), int(number))
+
     async def _resolved(self, text: str) -> uuid.UUID:
         return await self.reading(("resolve", text), lambda store: store.resolve(text))
 
@@ -191,9 +198,6 @@ class Shared(BaseHandler):  # type: ignore[misc]
         if not self.application.options.basic_auth or kind != "Basic":
             return "somebody"
         return b64decode(credentials).decode("utf-8", "replace").partition(":")[0]
-
-    def tell(self, problem: Problem) -> None:
-        raise NotImplementedError
 
 
 class PageHandler(Shared):

@@ -123,16 +123,14 @@ class OneChild(PageHandler):
     @authenticated
     @answering
     async def get(self, text: str, number: str) -> None:
-        if len(number) > 18:
-            raise errors.BatchNotFound(f"no child #{number[:40]}")
-        batch_id, position = await self.batch_id(text), int(number)
+        key = await self.child_key(text, number)
         page, now = await self.reading(
-            ("child", batch_id, position),
-            lambda store: (reading.child_page(store, batch_id, position), store.current_time()),
+            ("child", key),
+            lambda store: (reading.child_page(store, key.batch_id, key.position), store.current_time()),
         )
         child = page["child"]
         page = {**page, "repro": page["repro"].replace("<app>", self.application.batchtrack_app or "<app>")}
-        title = f"#{position} of {page['batch']['name']}"
+        title = f"#{key.position} of {page['batch']['name']}"
         self.show(title, every=LIVE if child["finished_at"] is None else 0.0, page=page, child=child, now=now)
 
 
@@ -182,13 +180,11 @@ class Health(PageHandler):
     @answering
     async def get(self) -> None:
         settings = self.extension.settings
-        found, now = await self.reading(
-            ("health",), lambda store: (reading.health(store, settings), store.current_time())
-        )
+        found = await self.reading(("health",), lambda store: reading.health(store, settings))
         if self.asked("check") == "1":
             await self._scan()
         self.show(
-            "Health", every=LIVE if self.snapshots.asked(SCAN) else SLOW, found=found, now=now,
+            "Health", every=LIVE if self.snapshots.asked(SCAN) else SLOW, found=found, now=found["current_time"],
             scan=self.snapshots.peek(SCAN), scanning=self.snapshots.asked(SCAN),
         )  # fmt: skip
 
