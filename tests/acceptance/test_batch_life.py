@@ -192,6 +192,7 @@ def test_progress_is_measured_by_weight_and_rolls_up_from_nested_batches(working
             inner.add(tasks.weighty.s(10), tasks.weighty.s(10))
     inner.wait(30)
     eventually(lambda: outer.progress().completed == 2, 20, what="the nested batch's child")
+    eventually(lambda: outer.progress().running == 1, 20, what="the claim of the child that is held")
     progress = outer.progress()
     assert (progress.percent, progress.weight_done, progress.weight_total, progress.nested) == (80, 80, 100, 1)
     assert (progress.total, progress.running) == (3, 1), "counts are the batch's own"

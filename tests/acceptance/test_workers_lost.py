@@ -70,6 +70,11 @@ def details(batch: Batch) -> list[tuple[str, str | None, int]]:
     return [(child.status, child.cause, child.attempt) for child in batch.children()]
 
 
+def wait_for_the_end_of(*pids: int) -> None:
+    """A pool outlives its main process by a moment."""
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), what="end of the pool")
+
+
 def wait_and_verify(scene: Scene, batch: Batch, timeout: float = 40.0) -> None:
     batch.wait(timeout, callbacks=True)
     assert scene.violations() == []
@@ -94,7 +99,7 @@ def test_a_restart_settles_what_a_killed_worker_had_in_hand(any_scene: Scene) ->
         scene.wait_met("lost", "late")
         pids = {name: int(scene.lines(name)[0]) for name in ("lost", "late")}
         worker.kill()
-        eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.values()), what="end of the pool")
+        wait_for_the_end_of(*pids.values())
         scene.go("late")
         worker.restart()
         eventually(lambda: details(batch)[0] == LOST, 10, what="the lost child settled at the boot")
@@ -159,7 +164,9 @@ def test_any_number_of_sweeps_at_once_give_one_verdict(scene: Scene) -> None:
     with scene.worker() as worker:
         batch = scene.start(*meet(scene, "a", "b"), on_first_failure=scene.here.called.s(scene.place("first")))
         scene.wait_met("a", "b")
+        pids = [int(scene.lines(name)[0]) for name in ("a", "b")]
         worker.kill()
+        wait_for_the_end_of(*pids)  # while they live, no sweep convicts what they run
         barrier = threading.Barrier(10)
 
         def sweep() -> None:

@@ -87,7 +87,7 @@ def test_a_verdict_that_is_overturned_was_two_ends(scene: Scene) -> None:
 
 def test_durations_are_in_their_class(scene: Scene) -> None:
     batch_id = scene.batch(3)
-    for position, ago in enumerate((0.0, 42.0, 7200.0)):
+    for position, ago in enumerate((0.0, 42.0, 7210.0)):
         claimed = scene.run(batch_id, position)
         scene.set_child(claimed.key, started_at=later(-ago))
         scene.complete(claimed)
